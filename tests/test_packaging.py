@@ -147,6 +147,7 @@ def test_hidden_packages_are_hidden():
     assert run_python(code, cwd=ROOT).strip() == "[]"
 
 
+@pytest.mark.slow
 def test_import_is_quick():
     """molora itself, on top of the parts of torch and transformers that any model needs; best of three."""
     code = (
