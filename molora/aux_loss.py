@@ -1,0 +1,102 @@
+"""Add the balance losses of one forward to the model's outputs, so that every trainer trains them unchanged."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molora.config import BalanceConfig
+from molora.context import Frame, Observation
+from molora.install import Mixture
+from molora.routers.balance import combine
+
+__all__ = ["add_aux_loss", "predicted_labels"]
+
+
+def predicted_labels(model: nn.Module, arguments: dict[str, Any], frame: Frame) -> Tensor:
+    """n_b, (B,) float32: how many labels each row predicts, counted as transformers' Trainer counts them.
+
+    Labels of causal losses shift by one; a label per row counts 1; without labels, the row's real tokens count.
+    """
+    labels, shifted = arguments.get("labels"), arguments.get("shift_labels")
+    if isinstance(shifted, Tensor):
+        return (shifted != -100).sum(-1).float()
+    if not isinstance(labels, Tensor):
+        mask = next(iter(frame.masks.values()), None)
+        return mask.sum(-1).float() if mask is not None else torch.ones(frame.rows)
+    if labels.is_floating_point():
+        return torch.ones(labels.shape[0], device=labels.device)
+    if labels.ndim == 1:
+        return (labels != -100).float()
+    return (labels[:, 1:] if _shifts(model) else labels).ne(-100).flatten(1).sum(-1).float()
+
+
+def _shifts(model: nn.Module) -> bool:
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    causal = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+    return causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+
+
+def _weights(model: nn.Module, arguments: dict[str, Any], frame: Frame) -> Tensor:
+    """w_b = n_b / N, N from ``num_items_in_batch`` where the forward was given it."""
+    n_B = predicted_labels(model, arguments, frame)
+    total = arguments.get("num_items_in_batch")
+    N = n_B.sum() if total is None else torch.as_tensor(total, dtype=torch.float32, device=n_B.device)
+    return n_B / N.clamp_min(1.0)
+
+
+def add_aux_loss(model: nn.Module, mixture: Mixture, outputs: Any, frame: Frame, arguments: dict[str, Any]) -> Any:
+    """``loss`` grows by ``sum of coef * aux`` when the base returned one; ``aux_loss`` is the plain mean over routers.
+
+    Outputs of a dataclass get the field ``aux_loss`` in a subclass; tuples get the loss in place 0 only.
+    """
+    if not frame.observations:
+        return outputs
+    weight_B = _weights(model, arguments, frame)
+    by_rule: dict[BalanceConfig, list[Observation]] = defaultdict(list)
+    for o in frame.observations:
+        by_rule[o.rule].append(o)
+    total: Tensor | float = 0.0
+    means = []
+    for rule, seen in by_rule.items():
+        device = seen[0].tensors[0].device
+        loss, mean = combine(rule, seen, weight_B.to(device))
+        total = total + rule.coef * loss
+        if rule.kind != "z":
+            means.append(mean)
+    aux = torch.stack(means).mean() if means else None
+    if isinstance(outputs, tuple):
+        has_loss = isinstance(arguments.get("labels"), Tensor) and outputs[0].ndim == 0
+        return (outputs[0] + _like(total, outputs[0]), *outputs[1:]) if has_loss else outputs
+    base_loss = getattr(outputs, "loss", None)
+    values = dict(outputs)
+    if isinstance(base_loss, Tensor):
+        values["loss"] = base_loss + _like(total, base_loss)
+    if aux is not None:
+        values["aux_loss"] = aux
+    return with_aux_field(type(outputs))(**values)
+
+
+def _like(total: Tensor | float, loss: Tensor) -> Tensor | float:
+    return total.to(loss.device) if isinstance(total, Tensor) else total
+
+
+@functools.cache
+def with_aux_field(base: type[Any]) -> type[Any]:
+    """The output class with one more field, ``aux_loss``: a real field, since an extra key would break pytrees."""
+    if any(f.name == "aux_loss" for f in dataclasses.fields(base)):
+        return base
+    space = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__annotations__": {"aux_loss": Tensor | None},
+        "aux_loss": None,
+    }
+    return dataclasses.dataclass(type(base.__name__, (base,), space))

@@ -1,0 +1,126 @@
+"""``convert``: a frozen model and a recipe in, the same model with a mixture of LoRA experts out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from molora.config import MoloraConfig
+from molora.errors import AdapterError, ConfigError, nearest
+from molora.install import Built, build, check_tables, generator, install
+from molora.interop.peft_lora import LoraAdapter, align, read_peft_lora
+from molora.layers import MixtureLinear
+from molora.model import MixtureModel, adopt
+from molora.recipes import RECIPES
+from molora.targets import candidates, resolve
+
+__all__ = ["convert"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def convert(model: M, recipe: str | MoloraConfig, *, seed: int = 0, **options: Any) -> M:
+    """Put a mixture of LoRA experts on ``model``, in place; freezes the base and returns the same object.
+
+    Args:
+        model: any transformers model (or ``nn.Module``), on any device, in any dtype, also quantised or on meta.
+        recipe: a key of ``molora.RECIPES`` with its ``options``, or a config made by ``molora.recipes.<name>(...)``.
+        seed: initialises experts and routers; the same seed gives the same weights, whatever the order of modules.
+        options: the recipe's own (``help(molora.recipes.mixlora)``); unknown names are refused.
+
+    Returns:
+        ``model``: still an instance of its class, usable by ``generate``, HF ``Trainer``, TRL and ``torch.compile``.
+
+    Raises:
+        ConfigError, TargetError, AdapterError: before anything is changed; after any failure the model is as before.
+    """
+    config = _config(recipe, options)
+    _check(model, config)
+    adapters = {name: _aligned(model, name, folder) for name, folder in config.adapters}
+    sites = resolve(model, config, adapters)
+    built = build(model, config, sites, seed)
+    _fill(built, adapters)
+    if config.init_from:
+        _warm_start(built, _aligned(model, "init_from", config.init_from), config, seed)
+    adopt(model, install(model, built))
+    return model
+
+
+def _config(recipe: str | MoloraConfig, options: Mapping[str, Any]) -> MoloraConfig:
+    if isinstance(recipe, MoloraConfig):
+        if options:
+            raise ConfigError(f"convert: got a config and the options {list(options)}; give them to the recipe instead")
+        return recipe
+    if recipe not in RECIPES:
+        raise ConfigError(f"recipe: got {recipe!r}, expected one of {', '.join(RECIPES)}{nearest(str(recipe), RECIPES)}")
+    return RECIPES[recipe](**options)
+
+
+def _check(model: nn.Module, config: MoloraConfig) -> None:
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"convert: got a {type(model).__name__}, expected a torch module such as a transformers model")
+    if isinstance(model, MixtureModel):
+        raise ConfigError(
+            f"convert: this model already carries the recipe {model._molora.config.recipe!r}; call model.unload() first"
+        )
+    check_tables(config)
+
+
+def _aligned(model: nn.Module, name: str, folder: str) -> LoraAdapter:
+    """The PEFT LoRA folder with its paths in terms of ``model``."""
+    adapter = read_peft_lora(folder)
+    paths = [p for p, _ in model.named_modules() if p]
+    try:
+        modules = align(adapter, paths)
+    except AdapterError as e:
+        raise AdapterError(f"adapter {name!r} ({folder}): {e}") from e
+    found = candidates(model)
+    for path, (A, B, _) in modules.items():
+        if path in found and (A.shape[1], B.shape[0]) != found[path].shape:
+            raise AdapterError(
+                f"adapter {name!r} ({folder}): {path} is for a linear of {A.shape[1]} to {B.shape[0]}, this model has "
+                f"{found[path].shape[0]} to {found[path].shape[1]}: it was made for another base"
+            )
+    return LoraAdapter(**{**vars(adapter), "modules": modules})
+
+
+def _fill(built: Built, adapters: Mapping[str, LoraAdapter]) -> None:
+    """Copy ready-made adapters in as experts, in the order of the config."""
+    for path, site in built.routed().items():
+        if isinstance(site, MixtureLinear) and site.bank is not None and site.placement.imported:
+            for e, adapter in enumerate(adapters.values()):
+                if path in adapter.modules:
+                    A, B, _ = adapter.modules[path]
+                    site.bank.set_expert(e, A, B)
+
+
+def _warm_start(built: Built, adapter: LoraAdapter, config: MoloraConfig, seed: int) -> None:
+    """Copy one trained LoRA into every expert, with noise of ``init_noise`` times each matrix's own spread.
+
+    Where several experts stand side by side only; the delta keeps its size, whatever the two scales are.
+    """
+    used = set()
+    for path, site in built.routed().items():
+        if not isinstance(site, MixtureLinear) or site.bank is None or path not in adapter.modules:
+            continue
+        A, B, scale = adapter.modules[path]
+        used.add(path)
+        for e, (r, own) in enumerate(zip(site.bank.ranks, site.bank.scales, strict=True)):
+            if A.shape[0] != r:
+                raise AdapterError(
+                    f"init_from: {path}: the folder has rank {A.shape[0]}, this mixture's experts have rank {r}; "
+                    f"convert with r={A.shape[0]}"
+                )
+            noise = config.init_noise if site.site.num_experts > 1 else 0.0
+            rng = generator(seed, path, "init_from", str(e))
+            parts = [t.float() + noise * _spread(t) * torch.randn(t.shape, generator=rng) for t in (A, B * (scale / own))]
+            site.bank.set_expert(e, *parts)
+    if not used:
+        raise AdapterError(f"init_from: {config.init_from}: none of its modules is adapted by this mixture")
+
+
+def _spread(t: torch.Tensor) -> float:
+    return float(t.float().std()) if t.numel() > 1 else 0.0

@@ -1,0 +1,90 @@
+"""The ffn unit: a feed-forward block whose outputs are mixed, at the price of one block call per token.
+
+    y = sum_k w_k W2_k( act(W1_k x) * W3_k x ),    Wi_k = Wi + s B_i A_i of the k-th chosen expert
+
+The up-side linears return a slot axis (..., K, F), one slot per chosen expert; the frozen elementwise middle runs on
+it unchanged; the down linear contracts it with the weights. By linearity ``sum_k w_k W2 h_k = W2 sum_k w_k h_k``, so
+each frozen projection sees every token once, whatever K is (MixLoRA, arXiv 2404.15159, sec. 3.3, shares W1 and W3 only).
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from molora import context
+from molora.config import Placement, SiteConfig
+from molora.kernels.reference import contract_slots, expand_slots
+from molora.layers import MixtureLinear, Owner, RoutedModule
+from molora.routing import Routing
+
+__all__ = ["FFNDown", "FFNRows", "FFNUp"]
+
+
+class FFNUp(MixtureLinear):
+    """An up-side linear: x (..., D) to (..., K, F), one slot per chosen expert. The first to run owns the router."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Base product once per token, plus each slot's own expert."""
+        if context.is_off(self.owner):
+            return cast(Tensor, self.base_layer(x))
+        base = self.base_layer(x)
+        x_TD = x.reshape(-1, x.shape[-1])
+        routing = self.route(x_TD)
+        slots_TKE = routing.slots()
+        if self.bank is None:
+            return cast(Tensor, base.unsqueeze(-2).expand(*base.shape[:-1], slots_TKE.shape[1], -1))
+        A_RD, B_FR = self.packed(x.dtype)
+        base_TF = base.reshape(-1, base.shape[-1])
+        y_TKF = expand_slots(base_TF, self.dropped(x_TD), A_RD, B_FR, slots_TKE, self.bank.layout)
+        return y_TKF.view(*base.shape[:-1], slots_TKE.shape[1], base.shape[-1])
+
+
+class FFNDown(MixtureLinear):
+    """The down linear: h (..., K, F) and the block's weights to (..., D)."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """``W2 (sum_k w_k h_k) + sum_k w_k s B_e A_e h_k``; a bias counts ``sum_k w_k`` times."""
+        if context.is_off(self.owner):
+            return cast(Tensor, self.base_layer(h))
+        h_TKF = h.flatten(0, -3) if h.ndim > 3 else h.reshape(-1, *h.shape[-2:])
+        routing = self._of_block(h_TKF.shape[0])
+        weights_TK = routing.weights.to(h.dtype)
+        mixed_TF = (h_TKF * weights_TK.unsqueeze(-1)).sum(1)
+        y = self.base_layer(mixed_TF.view(*h.shape[:-2], h.shape[-1]))
+        y_TD = y.reshape(-1, y.shape[-1])
+        if self.bias is not None and self.placement.gate.renormalize != "one":
+            y_TD = y_TD + (weights_TK.sum(1, keepdim=True) - 1) * self.bias
+        if self.bank is not None:
+            A_RF, B_DR = self.packed(h.dtype)
+            dropped_TKF = self.dropped(h_TKF)
+            delta_TD = contract_slots(dropped_TKF, weights_TK, A_RF, B_DR, routing.slots(), self.bank.layout)
+            y_TD = y_TD + delta_TD.to(y_TD.dtype)
+        return y_TD.view(y.shape)
+
+
+class FFNRows(RoutedModule):
+    """A feed-forward module whose middle cannot carry a slot axis: every token runs once per chosen expert.
+
+    Exact, at K times the base cost. The module's own linears are ordinary sites that read this block's routing.
+    """
+
+    def __init__(
+        self, base_layer: nn.Module, site: SiteConfig, placement: Placement, owner: Owner, router: nn.Module | None
+    ) -> None:
+        super().__init__(site, placement, owner, router)
+        self.base_layer = base_layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, S, D) or (T, D); K copies side by side on the first dimension, mixed by the weights."""
+        if context.is_off(self.owner):
+            return cast(Tensor, self.base_layer(x))
+        routing = self.route(x.reshape(-1, x.shape[-1]))
+        slots_TKE = routing.slots()
+        K = slots_TKE.shape[1]
+        per_row_NE = slots_TKE.transpose(0, 1).flatten(0, 1)
+        context.scratch()[self.site.block] = Routing(per_row_NE, None, per_row_NE, per_row_NE)
+        y = self.base_layer(x.unsqueeze(0).expand(K, *x.shape).flatten(0, 1))
+        weights_KT1 = routing.weights.t().unsqueeze(-1).to(y.dtype)
+        return (y.reshape(K, -1, y.shape[-1]) * weights_KT1).sum(0).view(*x.shape[:-1], y.shape[-1])

@@ -1,0 +1,213 @@
+"""A frozen linear with a mixture of LoRA experts on it."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from molora import context
+from molora.bank import ExpertBank
+from molora.config import Placement, SiteConfig
+from molora.context import Frame, Observation
+from molora.errors import MoloraError
+from molora.kernels.dispatch import rank_mix
+from molora.routers import BALANCES, BiasedRouter
+from molora.routers.balance import Seen
+from molora.routing import ROUTER_DTYPE, Routing, gate
+
+__all__ = ["MixtureLinear", "Owner", "RoutedModule", "SavedModule"]
+
+
+class Owner:
+    """Identity of one converted model: its sites and its forward hold the same one, also after deepcopy and pickle."""
+
+
+class RoutedModule(nn.Module):
+    """Anything that routes tokens: asks its router, its block's routing or the model-wide gates, and reports."""
+
+    def __init__(self, site: SiteConfig, placement: Placement, owner: Owner, router: nn.Module | None) -> None:
+        super().__init__()
+        self.site, self.placement, self.owner, self.router = site, placement, owner, router
+        self.always_on = placement.router.kind == "fixed"
+        self.has_loss = any(b.coef > 0 for b in placement.balance) and router is not None
+
+    def route(self, x_TI: Tensor) -> Routing:
+        """The routing of this module's tokens (T, I); computed by its router, or left by the block's leading site.
+
+        Raises:
+            MoloraError: when a needed context is missing (the layer was called outside of the model's forward).
+        """
+        frame = context.current()
+        if self.placement.router.scope == "model":
+            return self._model_wide(frame, x_TI.shape[0])
+        if self.router is None:
+            return self._of_block(x_TI.shape[0])
+        if frame is None and self.has_loss and self.training and torch.is_grad_enabled():
+            raise self._lost("a balance or gate loss")
+        routing = self._ask(x_TI, frame)
+        if self.site.block:
+            context.scratch()[self.site.block] = routing
+        self.report(routing, frame, x_TI)
+        return routing
+
+    def _ask(self, x_TI: Tensor, frame: Frame | None) -> Routing:
+        config, router = self.placement.gate, cast(nn.Module, self.router)
+        if config.jitter and self.training:
+            x_TI = x_TI * torch.empty_like(x_TI).uniform_(1 - config.jitter, 1 + config.jitter)
+        rows = frame.rows if frame is not None and x_TI.shape[0] % frame.rows == 0 else 1
+        bias_E = router.select_bias if isinstance(router, BiasedRouter) else None
+        return gate(router(x_TI), config, self.site.top_k, bias_E, rows)
+
+    def _model_wide(self, frame: Frame | None, tokens: int) -> Routing:
+        if frame is None or (frame.gates is None and frame.pass_value is None):
+            raise self._lost("the gates of a model-wide router")
+        if frame.gates is None:
+            weights_TE = torch.full((tokens, self.site.num_experts), cast(float, frame.pass_value), dtype=ROUTER_DTYPE)
+            return Routing(weights_TE, None, weights_TE, weights_TE)
+        routing = frame.gates[self.site.index]
+        if routing.weights.shape[0] != tokens:
+            raise MoloraError(
+                f"{self.site.path}: got {tokens} tokens, but the model-wide gates are for {routing.weights.shape[0]}; "
+                "this module sees another stream of tokens: leave it out with exclude_modules"
+            )
+        self.report(routing, frame, routing.weights)
+        return routing
+
+    def _of_block(self, tokens: int) -> Routing:
+        routing = context.scratch().get(self.site.block)
+        if routing is None or routing.weights.shape[0] != tokens:
+            raise self._lost(f"the routing of block {self.site.block}")
+        return routing
+
+    def _lost(self, what: str) -> MoloraError:
+        return MoloraError(
+            f"{self.site.path}: {what} is not there: the layer runs outside of the converted model's forward. Call the "
+            "model itself; for activation checkpointing use the model's own (the Trainer flag or "
+            "gradient_checkpointing_enable()), not that of FSDP or DeepSpeed"
+        )
+
+    def report(self, routing: Routing, frame: Frame | None, x_TI: Tensor) -> None:
+        """Hand the routing to a tape and to the balance rules, when there are any."""
+        wanted = frame is not None and frame.observations is not None and self.placement.balance
+        if frame is None or not (wanted or frame.tape is not None):
+            return
+        valid_BS = context.valid_tokens(frame, self.site.mask, x_TI.shape[0], x_TI.device)
+        if frame.tape is not None:
+            frame.tape.add(self.site.path, routing, valid_BS)
+        if not wanted:
+            return
+        router = self.router if isinstance(self.router, BiasedRouter) else None
+        seen = Seen(routing, valid_BS, _task_BS(frame, valid_BS), router, frame.recompute)
+        for config in self.placement.balance:
+            tensors = BALANCES[config.kind].observe(config, seen)
+            if tensors is not None and frame.observations is not None:
+                frame.observations.append(
+                    Observation(self.site.path, self.site.layer, config, self.site.num_experts, tensors, valid_BS.sum(1))
+                )
+
+
+def _task_BS(frame: Frame, valid_BS: Tensor) -> Tensor | None:
+    task = frame.task_ids
+    if task is None or task.ndim == 2:
+        return task
+    return task.unsqueeze(1).expand_as(valid_BS)
+
+
+class MixtureLinear(RoutedModule):
+    """``y = W x + sum_e w_e(x) s_e B_e A_e dropout(x)`` on a frozen linear that is always called, never read.
+
+    x: (..., in_features) in the base's dtype; y: (..., out_features) in the dtype the base returns. Works on any
+    module that maps the last dimension, quantised or not. Off (``disable_adapter``), it is the base call itself.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        site: SiteConfig,
+        placement: Placement,
+        owner: Owner,
+        router: nn.Module | None,
+        bank: ExpertBank | None,
+        kernel: str,
+    ) -> None:
+        super().__init__(site, placement, owner, router)
+        self.base_layer, self.bank, self.kernel = base_layer, bank, kernel
+
+    @property
+    def weight(self) -> Any:
+        """The base's weight, for modelling code that looks at its dtype or device."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """The base's bias, or None."""
+        return getattr(self.base_layer, "bias", None)
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.site.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.site.out_features
+
+    def extra_repr(self) -> str:
+        """Experts, total rank and choices, for ``print(model)``."""
+        ranks = self.site.expert_ranks()
+        return f"experts={self.site.num_experts}, total_rank={sum(ranks)}, top_k={self.site.top_k}, role={self.site.role}"
+
+    def dropped(self, x_TI: Tensor) -> Tensor:
+        """The experts' input: one dropout mask for all of them, in train mode only."""
+        p = self.placement.lora_dropout
+        return nn.functional.dropout(x_TI, p, True) if p and self.training else x_TI
+
+    def packed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A and B in the dtype of the computation."""
+        bank = cast(ExpertBank, self.bank)
+        return bank.lora_A.to(dtype), bank.lora_B.to(dtype)
+
+    def _weights(self, x_TI: Tensor, dropped_TI: Tensor) -> Tensor | None:
+        if self.always_on:
+            self._report_always_on(x_TI)
+            return None
+        routing = self.route(dropped_TI if self.placement.router.dropped_input else x_TI)
+        return routing.dense()
+
+    def _report_always_on(self, x_TI: Tensor) -> None:
+        frame = context.current()
+        if frame is not None and frame.tape is not None and self.router is not None:
+            self.report(gate(self.router(x_TI), self.placement.gate, None), frame, x_TI)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum above; shapes and dtypes as in the class docstring."""
+        if context.is_off(self.owner):
+            return cast(Tensor, self.base_layer(x))
+        frame = context.current()
+        base = self.base_layer(x)
+        if self.placement.router.scope == "model" and frame is not None and frame.pass_value == 0.0:
+            return cast(Tensor, base)
+        x_TI = x.reshape(-1, x.shape[-1])
+        dropped_TI = self.dropped(x_TI)
+        weights_TE = self._weights(x_TI, dropped_TI)
+        if self.bank is None:
+            return cast(Tensor, base)
+        A_RI, B_OR = self.packed(x.dtype)
+        base_TO = base.reshape(-1, base.shape[-1])
+        y_TO = rank_mix(self.kernel, base_TO, dropped_TI, A_RI, B_OR, weights_TE, self.bank.layout)
+        return y_TO.view(base.shape)
+
+
+class SavedModule(nn.Module):
+    """A module trained and saved whole (``modules_to_save``): a trainable copy beside the frozen original."""
+
+    def __init__(self, original: nn.Module, trained: nn.Module, owner: Owner) -> None:
+        super().__init__()
+        self.original, self.trained, self.owner = original, trained, owner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The copy's output; the original's while the adapter is off."""
+        return (self.original if context.is_off(self.owner) else self.trained)(*args, **kwargs)

@@ -1,0 +1,132 @@
+"""Adapter folder to converted model: read and checked whole, then installed whole."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from molora.checkpoint import Adapter, check_fingerprint, load_tensors, read_adapter
+from molora.config import MoloraConfig, Placement, RouterConfig
+from molora.convert import convert
+from molora.errors import AdapterError, ConfigError, TargetError
+from molora.install import HEAD, Built, build, install
+from molora.interop.peft_lora import is_peft_lora
+from molora.layers import SavedModule
+from molora.model import MixtureModel, adopt
+from molora.structure import linear_shape
+
+__all__ = ["from_pretrained", "load"]
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def load(
+    base_model: M,
+    folder: str | os.PathLike[str],
+    *,
+    trainable: bool = False,
+    allow_pickle: bool = False,
+    ignore_base: bool = False,
+    **missing: Any,
+) -> M:
+    """Put the adapter in ``folder`` on ``base_model``, in place; returns the same object.
+
+    Args:
+        base_model: the model the adapter was made for; a bare class of the same shapes with ``ignore_base=True``.
+        folder: an adapter folder of molora, or a PEFT LoRA folder (which becomes the recipe ``lora``).
+        trainable: leave the experts and routers trainable, as they were when trained.
+        allow_pickle: for foreign ``.bin`` files only; molora's own folders never hold one.
+        ignore_base: skip the comparison of the base's fingerprint, never that of shapes.
+        missing: what a foreign folder does not record; a molora folder records everything.
+
+    Raises:
+        AdapterError: for a folder that is not whole or not for this base; the model is then as before.
+    """
+    if isinstance(base_model, MixtureModel):
+        raise ConfigError("load: this model already carries a mixture; call model.unload() first")
+    if is_peft_lora(folder):
+        return _plain_lora(base_model, folder, trainable, missing)
+    if missing:
+        raise ConfigError(f"load: got {sorted(missing)}, but a molora folder records everything; leave them out")
+    adapter = read_adapter(folder)
+    check_fingerprint(adapter, base_model, ignore=ignore_base)
+    _check_sites(adapter, base_model)
+    built = build(base_model, adapter.config, adapter.sites)
+    fill(built, load_tensors(adapter), os.fspath(folder))
+    adopt(base_model, install(base_model, built))
+    if not trainable:
+        base_model.requires_grad_(False)
+    return base_model
+
+
+def _plain_lora(model: M, folder: str | os.PathLike[str], trainable: bool, missing: dict[str, Any]) -> M:
+    if missing:
+        raise ConfigError(f"load: got {sorted(missing)}, but a PEFT LoRA folder needs nothing more; leave them out")
+    placement = Placement(imported=True, router=RouterConfig(kind="fixed"))
+    convert(model, MoloraConfig(recipe="lora", placements=(placement,), adapters=(("default", os.fspath(folder)),)))
+    if not trainable:
+        model.requires_grad_(False)
+    return model
+
+
+def _check_sites(adapter: Adapter, model: nn.Module) -> None:
+    """Every site must be a linear of the recorded widths in this model, whatever the fingerprint says."""
+    modules = dict(model.named_modules())
+    for site in adapter.sites:
+        module = modules.get(site.path)
+        if module is None:
+            raise AdapterError(f"{adapter.folder}: adapts {site.path}, which this {type(model).__name__} does not have")
+        shape = linear_shape(module)
+        if site.role != "rows" and shape != (site.in_features, site.out_features):
+            raise AdapterError(
+                f"{adapter.folder}: {site.path}: made for {site.in_features} to {site.out_features}, this model has "
+                f"{'no linear there' if shape is None else f'{shape[0]} to {shape[1]}'}"
+            )
+
+
+def fill(built: Built, tensors: dict[str, Tensor], folder: str) -> None:
+    """Copy tensors by canonical name into wrappers that are not installed yet; every one must find its place.
+
+    Raises:
+        AdapterError: for a missing, extra or misshapen tensor.
+    """
+    targets: dict[str, Tensor] = {}
+    for path, module in built.modules.items():
+        for part in ("trained",) if isinstance(module, SavedModule) else ("bank", "router"):
+            child = getattr(module, part, None)
+            if child is not None:
+                targets.update({f"{path}.{part}.{n}": t for n, t in child.state_dict(keep_vars=True).items()})
+    if built.head is not None:
+        targets.update({f"{HEAD}.{n}": t for n, t in built.head.state_dict(keep_vars=True).items()})
+    missing, extra = sorted(targets.keys() - tensors.keys()), sorted(tensors.keys() - targets.keys())
+    if missing or extra:
+        raise AdapterError(f"{folder}: missing tensors {missing[:5]} and unknown tensors {extra[:5]}; the file is not whole")
+    for name, target in targets.items():
+        if target.shape != tensors[name].shape:
+            raise AdapterError(f"{folder}: {name}: got shape {tuple(tensors[name].shape)}, expected {tuple(target.shape)}")
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(tensors[name])
+
+
+def from_pretrained(folder: str | os.PathLike[str], *, trainable: bool = False, **kwargs: Any) -> nn.Module:
+    """Load the base model named in the adapter folder with transformers, then the adapter onto it.
+
+    ``kwargs`` go to ``AutoModelForCausalLM.from_pretrained`` (or the auto class that knows the base's class).
+
+    Raises:
+        AdapterError: when the folder names no base model.
+    """
+    import transformers
+
+    adapter = read_adapter(folder)
+    name, class_name = adapter.base_model_name, str(adapter.fingerprint.get("class", ""))
+    if not name:
+        raise AdapterError(f"{folder}: names no base model; load the base yourself and call molora.load(base, folder)")
+    cls = getattr(transformers, class_name, transformers.AutoModelForCausalLM)
+    if not hasattr(cls, "from_pretrained"):
+        raise TargetError(f"{folder}: its base class {class_name!r} is not one of transformers; use molora.load(base, folder)")
+    return load(cls.from_pretrained(name, **kwargs), folder, trainable=trainable)

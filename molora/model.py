@@ -1,0 +1,256 @@
+"""What a converted model gains: a forward with its context around it, PEFT's methods, and the way back."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from molora import context
+from molora.aux_loss import add_aux_loss
+from molora.checkpoint import fingerprint, write_adapter
+from molora.checkpointing import bind, rebind, unbind
+from molora.errors import AdapterError, ConfigError, nearest
+from molora.frames import arguments_of, open_frame
+from molora.install import HEAD, Mixture, sites_of, uninstall
+from molora.interop.peft_lora import write_peft_lora
+from molora.layers import MixtureLinear, SavedModule
+from molora.model_card import model_card
+from molora.routers import BiasedRouter
+from molora.scaling_pass import join_new_caches, paired_cache, scaling_pass
+
+__all__ = ["MixtureModel", "adopt", "mixture_class", "saved_tensors"]
+
+
+class MixtureModel:
+    """Methods of a converted model, under PEFT's names. Mixed into a subclass that otherwise is the base class."""
+
+    _molora: Mixture
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the adapter folder (never base weights): config, safetensors, model card; atomically.
+
+        ``state_dict``: tensors to save instead of the model's own, under the names of ``model.state_dict()`` (as a
+        gathered ZeRO-3 state). Other options of transformers' method have no meaning for an adapter and are ignored.
+
+        Raises:
+            CheckpointError: when the folder holds another model, or cannot be written.
+        """
+        if not is_main_process:
+            return
+        model, mixture = cast(nn.Module, self), self._molora
+        tensors = saved_tensors(model, state_dict)
+        write_adapter(
+            save_directory,
+            config=mixture.config,
+            sites=mixture.sites,
+            tensors=tensors,
+            fingerprint=mixture.fingerprint or fingerprint(model),
+            card=model_card(model, mixture),
+        )
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) numbers of parameters."""
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in cast(nn.Module, self).parameters()]
+        return sum(n for n, t in sizes if t), sum(n for n, _ in sizes)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the two numbers and their ratio, in PEFT's form."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(  # noqa: T201 printing is the method's purpose
+            f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+        )
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within the block and this thread, the model computes exactly what the base does; nests."""
+        with context.switched_off(self._molora.owner):
+            yield
+
+    def unload(self) -> nn.Module:
+        """Take every expert and router off: the base model, as it was, the same object. A no-op the second time."""
+        model, mixture = cast(nn.Module, self), self._molora
+        unbind(model)
+        uninstall(model, mixture)
+        model.__class__ = mixture.base_class
+        del model._molora
+        return model
+
+    def merge_and_unload(self) -> nn.Module:
+        """Add the only expert into the base weights and take the wrappers off.
+
+        Raises:
+            ConfigError: for a mixture: its weights depend on the token, so no fixed weight gives the same outputs.
+        """
+        model = cast(nn.Module, self)
+        sites = [m for _, m in sites_of(model).values()]
+        if not all(isinstance(m, MixtureLinear) and m.always_on and m.site.num_experts == 1 for m in sites):
+            raise ConfigError(
+                f"merge_and_unload: recipe {self._molora.config.recipe!r} mixes experts by the token, so no fixed weight gives "
+                "the same outputs; keep the mixture, or use export_expert(...) to take one expert out as a plain LoRA"
+            )
+        for m in cast(list[MixtureLinear], sites):
+            _merge(m)
+        return self.unload()
+
+    def export_expert(self, expert: str | int, save_directory: str | os.PathLike[str]) -> None:
+        """Write one expert, by index or adapter name, as an ordinary PEFT LoRA folder; single-expert sites come along.
+
+        Raises:
+            ConfigError: when there is no such expert.
+        """
+        model, names = cast(nn.Module, self), [n for n, _ in self._molora.config.adapters]
+        sites = [m for _, m in sites_of(model).values() if isinstance(m, MixtureLinear) and m.bank is not None]
+        largest = max(m.site.num_experts for m in sites)
+        if isinstance(expert, str) and expert not in names:
+            raise ConfigError(f"export_expert: got {expert!r}, expected one of {names or 'the indices'}{nearest(expert, names)}")
+        index = names.index(expert) if isinstance(expert, str) else expert
+        if not 0 <= index < largest:
+            raise ConfigError(f"export_expert: got {index}, expected an index from 0 to {largest - 1}")
+        modules = {}
+        for m in sites:
+            e = index if m.site.num_experts > 1 or largest == 1 else 0
+            if e < m.site.num_experts and m.bank is not None and m.bank.ranks[e] > 0:
+                modules[m.site.path] = m.bank.expert(e)
+        base = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
+        write_peft_lora(save_directory, modules=modules, base_model_name=base)
+
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = torch.utils.checkpoint.checkpoint, **kwargs: Any
+    ) -> None:
+        """The choke point of every way to switch activation checkpointing on: bind our context to it."""
+        func = bind(cast(nn.Module, self), gradient_checkpointing_func) if enable else gradient_checkpointing_func
+        super()._set_gradient_checkpointing(enable=enable, gradient_checkpointing_func=func, **kwargs)  # type: ignore[misc]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle and deepcopy by the base class, which can be found by name; the subclass is made again."""
+        _, _, *rest = super().__reduce_ex__(protocol)
+        return (_rebuild, (self._molora.base_class,), *rest)
+
+
+def _rebuild(base: type[nn.Module]) -> nn.Module:
+    cls = mixture_class(base)
+    return cls.__new__(cls)
+
+
+def _merge(m: MixtureLinear) -> None:
+    weight, bank = getattr(m.base_layer, "weight", None), m.bank
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or bank is None:
+        raise AdapterError(f"{m.site.path}: cannot merge into a {type(m.base_layer).__name__}; only plain float linears")
+    A, B, scale = bank.expert(0)
+    delta_OI = scale * (B.float() @ A.float())
+    if not bool(torch.isfinite(delta_OI).all()):
+        raise AdapterError(f"{m.site.path}: the expert holds NaN or infinite values; nothing was merged here")
+    with torch.no_grad():
+        weight += (delta_OI if weight.shape == delta_OI.shape and not hasattr(m.base_layer, "nx") else delta_OI.t()).to(weight.dtype)
+
+
+def saved_tensors(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What an adapter folder holds, by canonical name: banks, routers with their biases, the head, trained copies."""
+    state = model.state_dict() if state_dict is None else state_dict
+    out: dict[str, Tensor] = {}
+    places = [(now, path, m) for now, (path, m) in sites_of(model).items()]
+    places += [(now, now, m) for now, m in model.named_modules() if isinstance(m, SavedModule)]  # type: ignore[misc]
+    wanted = [(f"{now}.{part}.", f"{path}.{part}.") for now, path, _ in places for part in ("bank", "router", "trained")]
+    wanted.append((f"{HEAD}.", f"{HEAD}."))
+    prefixes = dict(wanted)
+    for key, tensor in state.items():
+        for now in _prefixes(key):
+            if now in prefixes:
+                out[prefixes[now] + key[len(now) :]] = tensor
+                break
+    return out
+
+
+def _prefixes(key: str) -> Iterator[str]:
+    """Every leading part of a dotted key that ends in a dot, longest first."""
+    end = key.rfind(".")
+    while end > 0:
+        yield key[: end + 1]
+        end = key.rfind(".", 0, end)
+
+
+@functools.cache
+def mixture_class(base: type[nn.Module]) -> type[nn.Module]:
+    """The subclass of ``base`` that a converted model of that class gets; its name, module and docs are the base's.
+
+    transformers keys its hidden-state recorders, losses and label shifts by class name, so the name must not change.
+    """
+    inner: Callable[..., Any] = base.forward
+    signature = inspect.signature(inner)
+    names = [p for p in signature.parameters if p != "self"]
+
+    @functools.wraps(inner)
+    def forward(self: Any, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
+        return _run(self, inner, names, args, kwargs, task_ids)
+
+    task = inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
+    parameters = [*signature.parameters.values()]
+    at = next((i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD), len(parameters))
+    forward.__signature__ = signature.replace(parameters=[*parameters[:at], task, *parameters[at:]])  # type: ignore[attr-defined]
+    space = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, "forward": forward}
+    if not hasattr(base, "_set_gradient_checkpointing"):
+        space["_set_gradient_checkpointing"] = None
+    return type(base.__name__, (MixtureModel, base), space)
+
+
+def _run(
+    model: Any, inner: Callable[..., Any], names: list[str], args: Any, kwargs: dict[str, Any], task_ids: Tensor | None
+) -> Any:
+    """One forward of a converted model: frame, scaling pass where the router is model-wide, base forward, losses."""
+    mixture: Mixture = model._molora
+    if context.is_off(mixture.owner):
+        return inner(model, *args, **kwargs)
+    arguments = arguments_of(names, args, kwargs)
+    frame = open_frame(model, mixture, arguments, task_ids)
+    head = getattr(model, HEAD, None)
+    with context.use(frame):
+        if head is None:
+            outputs = inner(model, **arguments)
+        else:
+            outputs = _two_passes(model, inner, head, arguments, frame)
+    return add_aux_loss(model, mixture, outputs, frame, arguments)
+
+
+def _two_passes(model: Any, inner: Callable[..., Any], head: Any, arguments: dict[str, Any], frame: context.Frame) -> Any:
+    cache = arguments.get("past_key_values")
+    with paired_cache(cache) as (show_scaling, show_real):
+        show_scaling()
+        frame.gates, made = scaling_pass(model, inner, head, arguments, frame)
+        show_real()
+        outputs = inner(model, **arguments)
+    if cache is None:
+        join_new_caches(getattr(outputs, "past_key_values", None), made)
+    return outputs
+
+
+def adopt(model: nn.Module, mixture: Mixture) -> nn.Module:
+    """Make ``model`` (its wrappers are in) an instance of the subclass; bind checkpointing that was already on."""
+    mixture.fingerprint = fingerprint(model)
+    model._molora = mixture  # type: ignore[assignment]
+    try:
+        rebind(model)
+        model.__class__ = mixture_class(mixture.base_class)
+    except BaseException:
+        unbind(model)
+        uninstall(model, mixture)
+        del model._molora
+        raise
+    return model
+
+
+def biased_routers(model: nn.Module) -> list[BiasedRouter]:
+    """Routers that carry a loss-free bias."""
+    return [m for m in model.modules() if isinstance(m, BiasedRouter) and m.select_bias is not None]

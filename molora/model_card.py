@@ -1,0 +1,48 @@
+"""The README.md of an adapter folder: what the mixture is, in the words of its config."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from molora.install import Mixture
+
+__all__ = ["model_card"]
+
+
+def model_card(model: nn.Module, mixture: Mixture) -> str:
+    """Markdown with the method, sizes per kind of parameter and how to load it; the same bytes for the same model."""
+    config, base = mixture.config, getattr(getattr(model, "config", None), "_name_or_path", "") or "the base model"
+    kinds: dict[str, int] = {}
+    for name, p in model.named_parameters():
+        kind = "experts, A" if name.endswith("lora_A") else "experts, B" if name.endswith("lora_B") else "routers"
+        if name.endswith(("lora_A", "lora_B")) or ".router." in name or name.startswith("molora_router."):
+            kinds[kind] = kinds.get(kind, 0) + p.numel()
+    experts = sorted({s.num_experts for s in mixture.sites})
+    rows = "\n".join(f"| {k} | {n:,} |" for k, n in sorted(kinds.items()))
+    names = ", ".join(n for n, _ in config.adapters)
+    return f"""---
+library_name: molora
+tags:
+- molora
+- {config.recipe}
+- lora
+- mixture-of-experts
+---
+
+# {config.recipe} adapter for {base}
+
+A mixture of LoRA experts made with [molora](https://pypi.org/project/molora/): recipe `{config.recipe}`,
+{len(mixture.sites)} adapted modules, {" / ".join(map(str, experts))} experts a module.{f" Experts: {names}." if names else ""}
+
+| parameters | number |
+|---|---|
+{rows}
+
+```python
+import molora
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("{base}")
+model = molora.load(base, "path/to/this/folder")
+```
+"""

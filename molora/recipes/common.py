@@ -1,0 +1,139 @@
+"""What all recipes share: the common options, option checks, and the values that released code uses instead."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from molora.config import BalanceConfig, MoloraConfig, PerLayer, Placement
+from molora.errors import ConfigError, nearest
+
+__all__ = ["Common", "recipe"]
+
+Recipe = Callable[..., MoloraConfig]
+INITS = {True: "kaiming", "gaussian": "gaussian", False: "random"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """Options that every recipe takes; names and meaning are PEFT's where PEFT has them.
+
+    ``r`` and ``lora_alpha``: rank and scale numerator of each expert. ``target_modules``: list of name endings, a
+    regular expression over whole paths, or ``"all-linear"``. ``rank_pattern`` / ``alpha_pattern``: name ending to
+    value. ``balance_scope``: ``"sequence"`` (additive over rows) or ``"batch"`` (as published). ``kernel``: a key of
+    ``KERNELS`` or ``"auto"``. ``released``: reproduce released code where it differs from the paper.
+    """
+
+    r: PerLayer = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] | tuple[str, ...] = "all-linear"
+    exclude_modules: list[str] | tuple[str, ...] | str = ()
+    layers_to_transform: int | list[int] | tuple[int, ...] = ()
+    modules_to_save: list[str] | tuple[str, ...] = ()
+    use_rslora: bool = False
+    init_lora_weights: bool | str = True
+    rank_pattern: Mapping[str, int] | None = None
+    alpha_pattern: Mapping[str, float] | None = None
+    balance_scope: str = "sequence"
+    kernel: str = "auto"
+    released: bool = False
+
+    def placement(self, **own: Any) -> Placement:
+        """A :class:`Placement` with the common rank, scale, dropout and initialiser filled in."""
+        if self.init_lora_weights not in INITS:
+            raise ConfigError(
+                f"init_lora_weights: got {self.init_lora_weights!r}, expected one of {list(INITS)} "
+                "(True: kaiming A and zero B; 'gaussian': normal A of std 1/r; False: B random too)"
+            )
+        shared = {
+            "r": as_tuple(self.r),
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "scale_by": "sqrt_r" if self.use_rslora else "r",
+            "init_lora_weights": INITS[self.init_lora_weights],
+        }
+        return Placement(**{**shared, **own})
+
+    def switch(self, coef: float, **own: Any) -> tuple[BalanceConfig, ...]:
+        """The Switch balance rule, or nothing when the coefficient is 0."""
+        if coef == 0:
+            return ()
+        return (BalanceConfig(**{"kind": "switch", "coef": coef, "scope": self.balance_scope, **own}),)
+
+    def config(self, name: str, *placements: Placement, **own: Any) -> MoloraConfig:
+        """The finished :class:`MoloraConfig` of recipe ``name``."""
+        layers = self.layers_to_transform
+        return MoloraConfig(
+            recipe=name,
+            placements=placements,
+            target_modules=as_tuple(self.target_modules),
+            exclude_modules=_names(self.exclude_modules),
+            layers_to_transform=(layers,) if isinstance(layers, int) else as_tuple(layers),
+            modules_to_save=_names(self.modules_to_save),
+            rank_pattern=_pairs("rank_pattern", self.rank_pattern),
+            alpha_pattern=_pairs("alpha_pattern", self.alpha_pattern),
+            kernel=self.kernel,
+            released=self.released,
+            **own,
+        )
+
+
+def as_tuple(value: Any) -> Any:
+    """Lists and sets become tuples (sets sorted), everything else stays."""
+    if isinstance(value, set | frozenset):
+        return tuple(sorted(value))
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _names(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else as_tuple(value)
+
+
+def _pairs(name: str, value: Any) -> tuple[tuple[str, Any], ...]:
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"{name}: got {type(value).__name__}, expected a mapping of name ending to value")
+    return tuple((str(k), v) for k, v in (value or {}).items())
+
+
+def folders(name: str, adapters: Mapping[str, str | os.PathLike[str]] | None) -> tuple[tuple[str, str], ...]:
+    """``{name: folder}`` as the config keeps it, in the given order (the order of the experts)."""
+    if not isinstance(adapters, Mapping) or not adapters:
+        raise ConfigError(f"{name}: adapters: got {adapters!r}, expected {{name: folder}} with at least one PEFT LoRA folder")
+    return tuple((str(k), os.fspath(v)) for k, v in adapters.items())
+
+
+def recipe(*, released: Mapping[str, Any] | None = None, **defaults: Any) -> Callable[[Recipe], Recipe]:
+    """Give a recipe the common options, with ``defaults`` of its own, and check option names.
+
+    ``released`` holds what released code uses instead of the paper's values; it applies to options not given.
+    """
+
+    def decorate(function: Recipe) -> Recipe:
+        own = {k: p for k, p in inspect.signature(function).parameters.items() if k != "common"}
+        shared = {f.name: defaults.get(f.name, f.default) for f in fields(Common)}
+        params = [*own.values()] + [
+            inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v) for k, v in shared.items() if k not in own
+        ]
+
+        @functools.wraps(function)
+        def build(**options: Any) -> MoloraConfig:
+            for key in options:
+                if key not in own and key not in shared:
+                    known = [*own, *shared]
+                    raise ConfigError(
+                        f"{function.__name__}: unknown option {key!r}{nearest(key, known)} It takes: {', '.join(known)}."
+                    )
+            if options.get("released"):
+                options = {**(released or {}), **options}
+            common = Common(**{k: options.pop(k, v) for k, v in shared.items() if k not in own})
+            return function(common=common, **{k: as_tuple(v) for k, v in options.items()})
+
+        build.__signature__ = inspect.Signature(params)  # type: ignore[attr-defined]
+        return build
+
+    return decorate

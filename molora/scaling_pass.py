@@ -1,0 +1,118 @@
+"""The first pass of a model-wide router, and the second KV cache that makes cached generation exact.
+
+The gates of a position depend on the scaling pass's hidden state there, which a causal model never changes later. So
+both passes may keep their keys and values, each its own: the scaling pass's layers are appended to the caller's cache
+(``layers[:L]`` real, ``layers[L:]`` scaling) and each pass sees its half. Reordering, cropping, repeating and resetting
+then reach both by themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molora import context
+from molora.context import Frame
+from molora.errors import ConfigError
+from molora.routers import HiddenRouter
+from molora.routing import Routing
+
+__all__ = ["join_new_caches", "paired_cache", "scaling_pass"]
+
+MARK = "_molora_real_layers"
+
+
+@contextlib.contextmanager
+def paired_cache(cache: Any) -> Iterator[tuple[Callable[[], None], Callable[[], None]]]:
+    """Split the caller's cache; yields (show the scaling half, show the real half); joins them again at the end.
+
+    Raises:
+        ConfigError: for a cache with content that was not made by this mechanism: its scaling half is unknown.
+    """
+    if cache is None:
+        yield (lambda: None), (lambda: None)
+        return
+    real, scaling = _halves(cache)
+
+    def show_scaling() -> None:
+        cache.layers = scaling
+
+    def show_real() -> None:
+        cache.layers = real
+
+    try:
+        yield show_scaling, show_real
+    finally:
+        cache.layers = [*real, *scaling]
+        setattr(cache, MARK, len(real))
+
+
+def _halves(cache: Any) -> tuple[list[Any], list[Any]]:
+    if not hasattr(cache, "layers"):
+        raise ConfigError(
+            f"past_key_values: got a {type(cache).__name__}, expected a transformers Cache with layers, which can hold a "
+            "second half for the scaling pass; use the default cache, or use_cache=False"
+        )
+    mark = getattr(cache, MARK, None)
+    if mark is None:
+        length = cache.get_seq_length() if cache.layers else 0
+        if int(length) > 0:
+            raise ConfigError(
+                f"past_key_values: got a cache with {int(length)} tokens that another model or the bare base filled; the "
+                "scaling pass has no keys for them. Start from an empty cache, or from one that this model returned"
+            )
+        return list(cache.layers), copy.deepcopy(list(cache.layers))
+    real, scaling = list(cache.layers[:mark]), list(cache.layers[mark:])
+    lengths = {int(layer.get_seq_length()) for layer in (*real[:1], *scaling[:1]) if hasattr(layer, "get_seq_length")}
+    if len(lengths) > 1:
+        raise ConfigError(
+            f"past_key_values: its two halves hold {sorted(lengths)} tokens (a forward was interrupted, or ran with the "
+            "adapter off); start from an empty cache"
+        )
+    return real, scaling
+
+
+def join_new_caches(real: Any, scaling: Any) -> None:
+    """Append the scaling pass's new cache to the real pass's, when both were made inside the model."""
+    if real is not None and scaling is not None and hasattr(real, "layers") and getattr(real, MARK, None) is None:
+        setattr(real, MARK, len(real.layers))
+        real.layers = [*real.layers, *scaling.layers]
+
+
+def scaling_pass(
+    model: nn.Module, forward: Callable[..., Any], head: HiddenRouter, arguments: dict[str, Any], frame: Frame
+) -> tuple[tuple[Routing, ...], Any]:
+    """Run the backbone (never the LM head) without gradient, experts at the constant pass value; gates of every site.
+
+    Returns the gates (with gradient to the head) and the cache that the backbone made, or None.
+    """
+    backbone, call = _backbone(model, forward)
+    names = inspect.signature(backbone.forward).parameters
+    outer = inspect.signature(forward).parameters
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in names.values())
+    passed = {
+        k: v
+        for k, v in arguments.items()
+        if k in names or (open_ended and k not in outer and k not in ("num_items_in_batch", "output_hidden_states"))
+    }
+    for k in ("output_hidden_states", "output_attentions"):
+        if k in passed:
+            passed[k] = False
+    with torch.no_grad(), context.use(replace(frame, gates=None, pass_value=head.config.scaling_pass_value, tape=None)):
+        out = call(**passed, return_dict=True)
+    hidden_BSD: Tensor = out.last_hidden_state
+    return head.gates(hidden_BSD.detach()), getattr(out, "past_key_values", None)
+
+
+def _backbone(model: nn.Module, forward: Callable[..., Any]) -> tuple[nn.Module, Callable[..., Any]]:
+    inner = getattr(model, getattr(model, "base_model_prefix", "") or "", None)
+    if isinstance(inner, nn.Module) and inner is not model:
+        return inner, inner
+    return model, lambda **kwargs: forward(model, **kwargs)

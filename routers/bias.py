@@ -1,0 +1,80 @@
+"""Loss-free balancing: a bias per expert that steers the choice, moved against the load once an optimizer step.
+
+A plain training loop gives a model no sign that an optimizer step happened, so one hook on torch's optimizers, set
+when the first biased router is built, finds the routers whose parameters were just stepped.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+__all__ = ["BiasedRouter", "update_biases"]
+
+_biased: weakref.WeakSet[BiasedRouter] = weakref.WeakSet()
+
+
+class BiasedRouter(nn.Module):
+    """A router that may carry ``select_bias`` (E,), a buffer and never a parameter (arXiv 2408.15664, sec. 3.1)."""
+
+    select_bias: Tensor | None
+    load_counts: Tensor | None
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts, self.bias_rate = num_experts, 0.0
+        self.register_buffer("select_bias", None)
+        self.register_buffer("load_counts", None, persistent=False)
+
+    def add_select_bias(self, rate: float, device: torch.device | None = None) -> None:
+        """Start with a zero bias that moves by ``rate`` an optimizer step."""
+        self.bias_rate = rate
+        self.select_bias = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
+        self.load_counts = torch.zeros(self.num_experts, dtype=torch.float32, device=device)
+        _watch(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.select_bias is not None:
+            _watch(self)
+
+    @torch.no_grad()
+    def update_bias(self) -> None:
+        """``b += rate * sign(mean(c) - c)`` with c the picks since the last update, summed over all ranks."""
+        if self.select_bias is None or self.load_counts is None:
+            return
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(self.load_counts)
+        self.select_bias += self.bias_rate * torch.sign(self.load_counts.mean() - self.load_counts)
+        self.load_counts.zero_()
+
+
+def _watch(router: BiasedRouter) -> None:
+    if not _Hook.registered:
+        register_optimizer_step_post_hook(_after_step)
+        _Hook.registered = True
+    _biased.add(router)
+
+
+class _Hook:
+    registered = False
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if not _biased:
+        return
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for router in sorted(_biased, key=id):
+        if any(id(p) in stepped for p in router.parameters()):
+            router.update_bias()
+
+
+def update_biases(model: nn.Module) -> None:
+    """Update every loss-free bias of ``model`` now; for engines whose optimizer holds flattened copies of parameters."""
+    for module in model.modules():
+        if isinstance(module, BiasedRouter):
+            module.update_bias()

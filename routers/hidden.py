@@ -1,0 +1,73 @@
+"""The model-wide head of X-LoRA: from the last hidden state of a scaling pass to gates for every site."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from molora.config import GateConfig, RouterConfig
+from molora.routing import ROUTER_DTYPE, Routing, gate
+
+__all__ = ["HiddenRouter"]
+
+
+class HiddenRouter(nn.Module):
+    """``depth`` linears with ReLU and dropout between them, float32 (X-LoRA, arXiv 2402.07148, sec. II).
+
+    ``layers``: hidden -> size -> ... -> E, or E * M with ``config.layerwise``, M = ``num_sites``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        config: RouterConfig,
+        gate_config: GateConfig,
+        num_sites: int,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.gate_config = config, gate_config
+        self.num_experts, self.num_sites = num_experts, num_sites
+        out = num_experts * (num_sites if config.layerwise else 1)
+        widths = [hidden_size, *[config.size] * (config.depth - 1), out]
+        self.layers = nn.ModuleList(
+            nn.utils.skip_init(nn.Linear, i, o, bias=config.bias, device=device or "cpu", dtype=ROUTER_DTYPE)
+            for i, o in zip(widths[:-1], widths[1:], strict=True)
+        )
+        self.requires_grad_(config.train)
+
+    def reset_parameters(self, generator: torch.Generator) -> None:
+        """nn.Linear's own initialisation, from ``generator``."""
+        with torch.no_grad():
+            for p in self.parameters():
+                fan_in = p.shape[1] if p.ndim == 2 else self.layers[0].in_features  # type: ignore[union-attr]
+                bound = 1 / math.sqrt(int(fan_in))  # type: ignore[arg-type]
+                p.uniform_(-bound, bound, generator=generator)
+
+    def forward(self, hidden_BSD: Tensor) -> Tensor:
+        """Logits (T, M, E), or (T, 1, E) without layerwise scalings; float32, autocast off."""
+        h = hidden_BSD.flatten(0, -2).to(ROUTER_DTYPE)
+        with torch.autocast(h.device.type, enabled=False):
+            for i, layer in enumerate(self.layers):
+                if i:
+                    h = nn.functional.dropout(h.relu(), self.config.dropout, self.training)
+                h = layer(h)
+        return h.unflatten(-1, (-1, self.num_experts))
+
+    def gates(self, hidden_BSD: Tensor) -> tuple[Routing, ...]:
+        """One :class:`Routing` a site, from one gate over all of them."""
+        logits_TME = self(hidden_BSD)
+        top_k = self.gate_config.top_k
+        assert top_k is None or isinstance(top_k, int)
+        flat = gate(logits_TME.flatten(0, 1), self.gate_config, top_k)
+        parts = [self._per_site(t, logits_TME.shape[0]) for t in (flat.weights, flat.ids, flat.probs, flat.logits)]
+        sites = tuple(Routing(*(p[m] for p in parts)) for m in range(len(parts[0])))  # type: ignore[arg-type]
+        return sites if self.config.layerwise else sites * self.num_sites
+
+    def _per_site(self, flat: Tensor | None, tokens: int) -> tuple[Tensor | None, ...]:
+        if flat is None:
+            return (None,) * (self.num_sites if self.config.layerwise else 1)
+        return flat.unflatten(0, (tokens, -1)).unbind(1)
