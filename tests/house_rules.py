@@ -22,7 +22,7 @@ ROWS: tuple[Row, ...] = (
     (2, ("molora.routers",)),
     (3, ("molora.layers", "molora.ffn", "molora.structure")),
     (4, ("molora.install",)),
-    (4, ("molora.checkpoint", "molora.interop.peft_lora", "molora.strict_json")),
+    (4, ("molora.checkpoint", "molora.interop.peft_lora", "molora.strict_json", "molora.tensor_file")),
     (5, ("molora.targets",)),
     (
         5,
