@@ -75,6 +75,8 @@ class _Recorder(TorchDispatchMode):
         self.trace = trace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return torch.zeros((), dtype=args[0].dtype).item()  # a question about values: there are none, so no
         out = func(*args, **(kwargs or {}))
         self.trace.ops.append((func, args, kwargs or {}, [t for t in tree_flatten(out)[0] if isinstance(t, Tensor)]))
         return out

@@ -1,0 +1,60 @@
+"""Fixtures and the one table of tolerances."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+import transformers
+
+
+class Tolerance(NamedTuple):
+    """How far two results may be apart, and why."""
+
+    rtol: float
+    atol: float
+    reason: str
+
+
+TOLERANCES = {
+    "formula": Tolerance(1e-12, 1e-12, "float64 against a loop in float64: only the order of sums differs"),
+    "same_math_fp32": Tolerance(1e-5, 1e-5, "float32, the same sums in another order through two layers"),
+    "identity_ffn_fp32": Tolerance(1e-5, 1e-6, "weights that sum to 1 only to rounding, times the block's output"),
+    "peft_lora": Tolerance(1e-5, 1e-6, "one expert against PEFT's LoRA: the sum is rounded once here, twice there"),
+    "peft_xlora": Tolerance(1e-4, 1e-5, "two passes; PEFT gates the input of A, molora its output"),
+    "bf16": Tolerance(2e-2, 2e-2, "bfloat16 has 8 bits of mantissa; relative to the root mean square"),
+    "additive": Tolerance(1e-5, 1e-5, "float32 sums over rows split into micro-batches"),
+}
+
+
+def close(a: torch.Tensor, b: torch.Tensor, name: str) -> None:
+    """Assert closeness by a tolerance's name."""
+    t = TOLERANCES[name]
+    torch.testing.assert_close(a, b, rtol=t.rtol, atol=t.atol, msg=lambda m: f"{m}\n({name}: {t.reason})")
+
+
+@pytest.fixture(autouse=True)
+def deterministic() -> Iterator[None]:
+    """One thread, fixed seeds, deterministic algorithms; quiet transformers."""
+    transformers.logging.set_verbosity_error()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for adapters that several tests share."""
+    return tmp_path_factory.mktemp("adapters")
