@@ -54,7 +54,9 @@ def record_routing(model: nn.Module) -> Iterator[RoutingTape]:
         ConfigError: when the model was not converted.
     """
     if not isinstance(model, MixtureModel):
-        raise ConfigError(f"record_routing: got a plain {type(model).__name__}, expected a model that convert() returned")
+        raise ConfigError(
+            f"record_routing: got a plain {type(model).__name__}, expected a model that convert() returned"
+        )
     tape = RoutingTape()
     with context.taping(model._molora.owner, tape):
         yield tape

@@ -34,7 +34,9 @@ def choose(kernel: str, total_rank: int, device_type: str) -> Choice:
     if kernel == "auto":
         return Choice("concat", f"the default: {total_rank} ranks side by side on {device_type}")
     if kernel not in KERNELS:
-        raise ConfigError(f"kernel: got {kernel!r}, expected 'auto' or one of {', '.join(KERNELS)}{nearest(kernel, KERNELS)}")
+        raise ConfigError(
+            f"kernel: got {kernel!r}, expected 'auto' or one of {', '.join(KERNELS)}{nearest(kernel, KERNELS)}"
+        )
     return Choice(kernel, "asked for by kernel=")
 
 

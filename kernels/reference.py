@@ -99,8 +99,10 @@ def expand_slots(
     h_TKR = gate_ranks((x_TD @ A_RD.t()).unsqueeze(1), picks_TKE, layout)
     if layout.scale is not None:
         h_TKR = h_TKR * layout.scale
-    out_TKF = (h_TKR.flatten(0, 1) @ B_FR.t()).unflatten(0, picks_TKE.shape[:2]).to(base_TF.dtype)
-    return out_TKF.add_(base_TF.unsqueeze(1))
+    out_TKF: Tensor = (h_TKR.flatten(0, 1) @ B_FR.t()).unflatten(0, picks_TKE.shape[:2])
+    out_TKF = out_TKF.to(base_TF.dtype)
+    out_TKF += base_TF.unsqueeze(1)
+    return out_TKF
 
 
 def contract_slots(

@@ -1,7 +1,7 @@
 """molora: mixtures of LoRA experts for PyTorch and Hugging Face transformers.
 
-    from molora import convert
-    model = convert(model, "mixlora", r=8, lora_alpha=16, num_experts=8, top_k=2)
+from molora import convert
+model = convert(model, "mixlora", r=8, lora_alpha=16, num_experts=8, top_k=2)
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ def predicted_labels(model: nn.Module, arguments: dict[str, Any], frame: Frame) 
 def _shifts(model: nn.Module) -> bool:
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-    causal = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss
+    causal = LOSS_MAPPING.get(str(getattr(model, "loss_type", None))) is ForCausalLMLoss
     return causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
@@ -88,7 +88,7 @@ def _like(total: Tensor | float, loss: Tensor) -> Tensor | float:
 
 
 @functools.cache
-def with_aux_field(base: type[Any]) -> type[Any]:
+def with_aux_field(base: Any) -> type[Any]:
     """The output class with one more field, ``aux_loss``: a real field, since an extra key would break pytrees."""
     if any(f.name == "aux_loss" for f in dataclasses.fields(base)):
         return base

@@ -42,7 +42,7 @@ def bind(model: nn.Module, func: Callable[..., Any]) -> Callable[..., Any]:
     if inner is not checkpoint or given.get("use_reentrant"):
         what = "use_reentrant=True" if inner is checkpoint else f"{getattr(inner, '__module__', inner)}"
         raise ConfigError(
-            f"activation checkpointing with {what}: the routers' context and the balance loss's gradient would be lost in "
+            f"activation checkpointing with {what}: the routers' context and the balance loss's gradient are lost in "
             "the recompute; pass gradient_checkpointing_kwargs={'use_reentrant': False}, or nothing"
         )
     first = given.get("context_fn", noop_context_fn)

@@ -12,7 +12,16 @@ from typing import Any, TypeVar
 
 from molora.errors import ConfigError, nearest
 
-__all__ = ["BalanceConfig", "GateConfig", "MoloraConfig", "PerLayer", "Placement", "RouterConfig", "SiteConfig", "per_layer"]
+__all__ = [
+    "BalanceConfig",
+    "GateConfig",
+    "MoloraConfig",
+    "PerLayer",
+    "Placement",
+    "RouterConfig",
+    "SiteConfig",
+    "per_layer",
+]
 
 PerLayer = int | tuple[int, ...]
 T = TypeVar("T", bound="Strict")
@@ -155,6 +164,7 @@ class GateConfig(Strict):
     capacity: int | None = None
 
     def faults(self) -> list[str]:
+        """Values out of range and options that contradict each other."""
         out = _choice("activation", self.activation, ("softmax", "sigmoid", "identity"))
         out += _choice("renormalize", self.renormalize, ("none", "one", "top_k", "softmax"))
         out += _choice("hard_weight", self.hard_weight, ("prob", "one", "ste"))
@@ -174,7 +184,9 @@ class GateConfig(Strict):
 
     def constant_weight(self) -> bool:
         """Whether a chosen expert's weight is 1 whatever the logits: no gradient reaches the router through it."""
-        return self.top_k == 1 and (self.renormalize == "one" and self.hard_weight == "prob" or self.hard_weight == "one")
+        return self.top_k == 1 and (
+            self.renormalize == "one" and self.hard_weight == "prob" or self.hard_weight == "one"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,8 +210,13 @@ class RouterConfig(Strict):
     scaling_pass_value: float = 0.0
 
     def faults(self) -> list[str]:
+        """Values out of range and options that contradict each other."""
         out = _choice("scope", self.scope, ("module", "block", "model"))
-        out += _at_least("depth", self.depth, 1) + _at_least("size", self.size, 1) + _at_least("init_std", self.init_std, 0)
+        out += (
+            _at_least("depth", self.depth, 1)
+            + _at_least("size", self.size, 1)
+            + _at_least("init_std", self.init_std, 0)
+        )
         if not 0 <= self.dropout < 1:
             out.append(f"dropout: got {self.dropout}, expected a value in [0, 1)")
         return out
@@ -227,10 +244,13 @@ class BalanceConfig(Strict):
     rate: float = 0.0
 
     def faults(self) -> list[str]:
+        """Values out of range and options that contradict each other."""
         out = _choice("scope", self.scope, ("sequence", "batch"))
         out += _choice("pooling", self.pooling, ("router", "layer", "model"))
         out += _choice("count", self.count, ("argmax", "picks", "slots"))
-        out += _choice("factor", self.factor, ("experts", "one")) + _choice("reduction", self.reduction, ("mean", "sum"))
+        out += _choice("factor", self.factor, ("experts", "one")) + _choice(
+            "reduction", self.reduction, ("mean", "sum")
+        )
         return out + _at_least("coef", self.coef, 0) + _at_least("rate", self.rate, 0)
 
 
@@ -262,6 +282,7 @@ class Placement(Strict):
     sampled: bool = False
 
     def faults(self) -> list[str]:
+        """Values out of range and options that contradict each other."""
         out = _choice("unit", self.unit, ("linear", "ffn")) + _choice("select", self.select, ("all", "ffn", "rest"))
         out += _choice("scale_by", self.scale_by, ("r", "sqrt_r", "top_k"))
         out += _choice("init_lora_weights", self.init_lora_weights, ("kaiming", "gaussian", "random"))
@@ -313,6 +334,7 @@ class MoloraConfig(Strict):
     released: bool = False
 
     def faults(self) -> list[str]:
+        """Values out of range and options that contradict each other."""
         out = [] if self.placements else ["placements: got none, expected at least one"]
         names = [n for n, _ in self.adapters]
         bad = [n for n in names if not n or "." in n or "/" in n or not n.isprintable()]
@@ -359,6 +381,7 @@ class SiteConfig(Strict):
     top_k: int | None = None
 
     def faults(self) -> list[str]:
+        """Values out of range and options that contradict each other."""
         out = _choice("role", self.role, ("linear", "up", "down", "rows"))
         for name in ("in_features", "out_features", "num_experts"):
             out += _at_least(name, getattr(self, name), 1)

@@ -53,7 +53,7 @@ class Frame:
     """State of one forward of one converted model.
 
     ``masks``: stream name to (B, S) bool, True = a real token; a missing stream has no padding. ``rows``: B.
-    ``gates``: per site a (T, E) tensor, from a model-wide router. ``pass_value``: set during a scaling pass, the
+    ``gates``: one routing a site, from a model-wide router. ``pass_value``: set during a scaling pass, the
     constant that multiplies every expert. ``observations``: where routers report, None when nothing is collected.
     ``task_ids``: (B,) or (B, S). ``tape``: site path to recorded routings. ``recompute``: in a checkpoint's recompute.
     ``valid`` and ``shared``: real tokens by stream and length, and the routings of blocks, computed once a forward.
@@ -61,7 +61,7 @@ class Frame:
 
     masks: dict[str, Tensor] = field(default_factory=dict)
     rows: int = 1
-    gates: tuple[Tensor, ...] | None = None
+    gates: tuple[Routing, ...] | None = None
     pass_value: float | None = None
     observations: list[Observation] | None = None
     task_ids: Tensor | None = None

@@ -55,13 +55,17 @@ def _config(recipe: str | MoloraConfig, options: Mapping[str, Any]) -> MoloraCon
             raise ConfigError(f"convert: got a config and the options {list(options)}; give them to the recipe instead")
         return recipe
     if recipe not in RECIPES:
-        raise ConfigError(f"recipe: got {recipe!r}, expected one of {', '.join(RECIPES)}{nearest(str(recipe), RECIPES)}")
+        raise ConfigError(
+            f"recipe: got {recipe!r}, expected one of {', '.join(RECIPES)}{nearest(str(recipe), RECIPES)}"
+        )
     return RECIPES[recipe](**options)
 
 
 def _check(model: nn.Module, config: MoloraConfig) -> None:
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"convert: got a {type(model).__name__}, expected a torch module such as a transformers model")
+        raise ConfigError(
+            f"convert: got a {type(model).__name__}, expected a torch module such as a transformers model"
+        )
     if isinstance(model, MixtureModel):
         raise ConfigError(
             f"convert: this model already carries the recipe {model._molora.config.recipe!r}; call model.unload() first"
@@ -116,7 +120,9 @@ def _warm_start(built: Built, adapter: LoraAdapter, config: MoloraConfig, seed: 
                 )
             noise = config.init_noise if site.site.num_experts > 1 else 0.0
             rng = generator(seed, path, "init_from", str(e))
-            parts = [t.float() + noise * _spread(t) * torch.randn(t.shape, generator=rng) for t in (A, B * (scale / own))]
+            parts = [
+                t.float() + noise * _spread(t) * torch.randn(t.shape, generator=rng) for t in (A, B * (scale / own))
+            ]
             site.bank.set_expert(e, *parts)
     if not used:
         raise AdapterError(f"init_from: {config.init_from}: none of its modules is adapted by this mixture")

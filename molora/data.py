@@ -132,7 +132,8 @@ def deduplicated(records: Iterable[Record]) -> list[Record]:
 
 
 def split(records: Sequence[Record], heldout: float | int, seed: int) -> tuple[list[Record], list[Record]]:
-    """Split into (train, held-out), duplicates dropped, no group and no prompt on both sides.
+    """Split into (train, held-out), duplicates dropped, no group on both sides. Without a group of its own, a
+    conversation's prompt is its group, and a text its own.
 
     ``heldout``: a share below 1 or a number of records. Which group is held out depends on its name and ``seed``
     only, not on the order or the number of records.
@@ -169,7 +170,9 @@ def encode(record: Record, tokenizer: Any, max_length: int) -> list[Example]:
         rows = [Example(input_ids=ids[:max_length], labels=labels[:max_length])]
     else:
         ids = list(tokenizer(record.text, verbose=False).input_ids)
-        ids += [] if tokenizer.eos_token_id is None or ids[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
+        ids += (
+            [] if tokenizer.eos_token_id is None or ids[-1:] == [tokenizer.eos_token_id] else [tokenizer.eos_token_id]
+        )
         starts = [i for i in range(0, len(ids), max_length) if i == 0 or len(ids) - i >= SHORTEST_WINDOW]
         rows = [Example(input_ids=ids[i : i + max_length], labels=ids[i : i + max_length]) for i in starts]
     return [row for row in rows if any(label != IGNORED for label in row["labels"][1:])]

@@ -4,7 +4,7 @@
 
 The up-side linears return a slot axis (..., K, F), one slot per chosen expert; the frozen elementwise middle runs on
 it unchanged; the down linear contracts it with the weights. By linearity ``sum_k w_k W2 h_k = W2 sum_k w_k h_k``, so
-each frozen projection sees every token once, whatever K is (MixLoRA, arXiv 2404.15159, sec. 3.3, shares W1 and W3 only).
+each frozen projection sees every token once, whatever K is (MixLoRA, arXiv 2404.15159, shares W1 and W3 only).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class FFNUp(MixtureLinear):
         A_RD, B_FR = self.packed(x.dtype)
         base_TF = base.reshape(-1, base.shape[-1])
         y_TKF = expand_slots(base_TF, self.dropped(x_TD), A_RD, B_FR, slots_TKE, self.bank.layout)
-        return y_TKF.view(*base.shape[:-1], slots_TKE.shape[1], base.shape[-1])
+        return cast(Tensor, y_TKF.view(*base.shape[:-1], slots_TKE.shape[1], base.shape[-1]))
 
 
 class FFNDown(MixtureLinear):
@@ -61,7 +61,7 @@ class FFNDown(MixtureLinear):
             dropped_TKF = self.dropped(h_TKF)
             delta_TD = contract_slots(dropped_TKF, weights_TK, A_RF, B_DR, routing.slots(), self.bank.layout)
             y_TD = y_TD + delta_TD.to(y_TD.dtype)
-        return y_TD.view(y.shape)
+        return cast(Tensor, y_TD.view(y.shape))
 
 
 class FFNRows(RoutedModule):
@@ -71,7 +71,12 @@ class FFNRows(RoutedModule):
     """
 
     def __init__(
-        self, base_layer: nn.Module, site: SiteConfig, placement: Placement, owner: Owner, router: nn.Module | None
+        self,
+        base_layer: nn.Module,
+        site: SiteConfig,
+        placement: Placement,
+        owner: Owner,
+        router: nn.Module | None,
     ) -> None:
         super().__init__(site, placement, owner, router)
         self.base_layer = base_layer
@@ -87,4 +92,4 @@ class FFNRows(RoutedModule):
         context.scratch()[self.site.block] = Routing(per_row_NE, None, per_row_NE, per_row_NE)
         y = self.base_layer(x.unsqueeze(0).expand(K, *x.shape).flatten(0, 1))
         weights_KT1 = routing.weights.t().unsqueeze(-1).to(y.dtype)
-        return (y.reshape(K, -1, y.shape[-1]) * weights_KT1).sum(0).view(*x.shape[:-1], y.shape[-1])
+        return cast(Tensor, (y.reshape(K, -1, y.shape[-1]) * weights_KT1).sum(0).view(*x.shape[:-1], y.shape[-1]))

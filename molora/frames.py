@@ -42,9 +42,13 @@ def _masks(arguments: dict[str, Any]) -> dict[str, Tensor]:
         if not isinstance(mask, Tensor) or mask.ndim == 4:
             continue
         tokens = next((arguments[i] for i in inputs if isinstance(arguments.get(i), Tensor)), None)
-        if mask.ndim != 2 or (tokens is not None and (mask.shape[0] != tokens.shape[0] or mask.shape[1] < tokens.shape[1])):
+        if mask.ndim != 2 or (
+            tokens is not None and (mask.shape[0] != tokens.shape[0] or mask.shape[1] < tokens.shape[1])
+        ):
             wanted = "two dimensions" if tokens is None else f"{tuple(tokens.shape[:2])}, or more columns with a cache"
-            raise ConfigError(f"{name}: got shape {tuple(mask.shape)}, expected {wanted}: 1 for a real token, 0 for padding")
+            raise ConfigError(
+                f"{name}: got shape {tuple(mask.shape)}, expected {wanted}: 1 for a real token, 0 for padding"
+            )
         out[name] = mask != 0
     return out
 
@@ -60,19 +64,23 @@ def _task_ids(task_ids: Tensor | None, rows: int, experts: int) -> Tensor | None
     if task_ids.device.type == "cpu" and not torch.compiler.is_compiling():
         bad = task_ids[(task_ids != -100) & ((task_ids < 0) | (task_ids >= experts))]
         if bad.numel():
-            raise ConfigError(f"task_ids: got {int(bad[0])}, expected an index from 0 to {experts - 1}, or -100 for none")
+            raise ConfigError(
+                f"task_ids: got {int(bad[0])}, expected an index from 0 to {experts - 1}, or -100 for none"
+            )
     return task_ids
 
 
 def open_frame(model: nn.Module, mixture: Mixture, arguments: dict[str, Any], task_ids: Tensor | None) -> Frame:
-    """The :class:`Frame` of this call: masks by stream, rows, task ids, tape, and a list for balance losses in training.
+    """The :class:`Frame` of this call: masks by stream, rows, task ids, tape, a list for balance losses.
 
     Raises:
         ConfigError: for an empty batch, a mask that does not fit, or task ids of a wrong shape or range.
     """
     main = _main_input(model, arguments)
     if main is not None and main.numel() == 0:
-        raise ConfigError(f"the batch is empty: got an input of shape {tuple(main.shape)}, expected at least one row and token")
+        raise ConfigError(
+            f"the batch is empty: got an input of shape {tuple(main.shape)}, expected at least one row and token"
+        )
     rows = 1 if main is None else main.shape[0]
     collects = model.training and any(p.balance for p in mixture.config.placements)
     return Frame(

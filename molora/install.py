@@ -56,7 +56,8 @@ def check_tables(config: MoloraConfig) -> None:
     """ConfigError for a router, balance rule or kernel that is in no table."""
     choose(config.kernel, 1, "cpu")
     for p in config.placements:
-        for name, table in [(p.router.kind, ROUTERS), *((b.kind, BALANCES) for b in p.balance)]:
+        tables: list[tuple[str, Mapping[str, object]]] = [(p.router.kind, ROUTERS)]
+        for name, table in [*tables, *((b.kind, BALANCES) for b in p.balance)]:
             if name not in table:
                 raise ConfigError(f"got {name!r}, expected one of {', '.join(table)}{nearest(name, table)}")  # type: ignore[arg-type]
 
@@ -94,7 +95,7 @@ def _site(base: nn.Module, site: SiteConfig, p: Placement, kernel: str, owner: O
     start = torch.device("meta") if device.type == "meta" else torch.device("cpu")
     router = None
     if site.lead and p.router.scope != "model":
-        router = ROUTERS[p.router.kind](site.in_features, site.num_experts, p.router, p.gate, start)  # type: ignore[call-arg, arg-type]
+        router = ROUTERS[p.router.kind](site.in_features, site.num_experts, p.router, p.gate, start)  # type: ignore[arg-type]
         rates = [b.rate for b in p.balance if b.kind == "bias"]
         if rates and isinstance(router, BiasedRouter):
             router.add_select_bias(rates[0], start)
@@ -140,7 +141,9 @@ def _saved_paths(model: nn.Module, config: MoloraConfig, sites: tuple[SiteConfig
         for hit in hits:
             adapted = [s.path for s in sites if s.path == hit or s.path.startswith(hit + ".")]
             if adapted:
-                raise TargetError(f"modules_to_save: {hit} is also adapted ({adapted[0]}); use exclude_modules on one side")
+                raise TargetError(
+                    f"modules_to_save: {hit} is also adapted ({adapted[0]}); use exclude_modules on one side"
+                )
         out += hits
     return list(dict.fromkeys(out))
 

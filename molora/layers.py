@@ -104,7 +104,14 @@ class RoutedModule(nn.Module):
             tensors = BALANCES[config.kind].observe(config, seen)
             if tensors is not None and frame.observations is not None:
                 frame.observations.append(
-                    Observation(self.site.path, self.site.layer, config, self.site.num_experts, tensors, valid_BS.sum(1))
+                    Observation(
+                        self.site.path,
+                        self.site.layer,
+                        config,
+                        self.site.num_experts,
+                        tensors,
+                        valid_BS.sum(1),
+                    )
                 )
 
 
@@ -158,7 +165,9 @@ class MixtureLinear(RoutedModule):
     def extra_repr(self) -> str:
         """Experts, total rank and choices, for ``print(model)``."""
         ranks = self.site.expert_ranks()
-        return f"experts={self.site.num_experts}, total_rank={sum(ranks)}, top_k={self.site.top_k}, role={self.site.role}"
+        return (
+            f"experts={self.site.num_experts}, total_rank={sum(ranks)}, top_k={self.site.top_k}, role={self.site.role}"
+        )
 
     def dropped(self, x_TI: Tensor) -> Tensor:
         """The experts' input: one dropout mask for all of them, in train mode only."""

@@ -66,7 +66,10 @@ def _plain_lora(model: M, folder: str | os.PathLike[str], trainable: bool, missi
     if missing:
         raise ConfigError(f"load: got {sorted(missing)}, but a PEFT LoRA folder needs nothing more; leave them out")
     placement = Placement(imported=True, router=RouterConfig(kind="fixed"))
-    convert(model, MoloraConfig(recipe="lora", placements=(placement,), adapters=(("default", os.fspath(folder)),)))
+    convert(
+        model,
+        MoloraConfig(recipe="lora", placements=(placement,), adapters=(("default", os.fspath(folder)),)),
+    )
     if not trainable:
         model.requires_grad_(False)
     return model
@@ -103,10 +106,14 @@ def fill(built: Built, tensors: dict[str, Tensor], folder: str) -> None:
         targets.update({f"{HEAD}.{n}": t for n, t in built.head.state_dict(keep_vars=True).items()})
     missing, extra = sorted(targets.keys() - tensors.keys()), sorted(tensors.keys() - targets.keys())
     if missing or extra:
-        raise AdapterError(f"{folder}: missing tensors {missing[:5]} and unknown tensors {extra[:5]}; the file is not whole")
+        raise AdapterError(
+            f"{folder}: missing tensors {missing[:5]} and unknown tensors {extra[:5]}; the file is not whole"
+        )
     for name, target in targets.items():
         if target.shape != tensors[name].shape:
-            raise AdapterError(f"{folder}: {name}: got shape {tuple(tensors[name].shape)}, expected {tuple(target.shape)}")
+            raise AdapterError(
+                f"{folder}: {name}: got shape {tuple(tensors[name].shape)}, expected {tuple(target.shape)}"
+            )
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(tensors[name])
@@ -128,5 +135,7 @@ def from_pretrained(folder: str | os.PathLike[str], *, trainable: bool = False, 
         raise AdapterError(f"{folder}: names no base model; load the base yourself and call molora.load(base, folder)")
     cls = getattr(transformers, class_name, transformers.AutoModelForCausalLM)
     if not hasattr(cls, "from_pretrained"):
-        raise TargetError(f"{folder}: its base class {class_name!r} is not one of transformers; use molora.load(base, folder)")
+        raise TargetError(
+            f"{folder}: its base class {class_name!r} is not one of transformers; use molora.load(base, folder)"
+        )
     return load(cls.from_pretrained(name, **kwargs), folder, trainable=trainable)

@@ -98,7 +98,7 @@ class MixtureModel:
         sites = [m for _, m in sites_of(model).values()]
         if not all(isinstance(m, MixtureLinear) and m.always_on and m.site.num_experts == 1 for m in sites):
             raise ConfigError(
-                f"merge_and_unload: recipe {self._molora.config.recipe!r} mixes experts by the token, so no fixed weight gives "
+                f"merge_and_unload: recipe {self._molora.config.recipe!r} mixes experts by the token: no fixed weight gives "
                 "the same outputs; keep the mixture, or use export_expert(...) to take one expert out as a plain LoRA"
             )
         for m in cast(list[MixtureLinear], sites):
@@ -115,7 +115,9 @@ class MixtureModel:
         sites = [m for _, m in sites_of(model).values() if isinstance(m, MixtureLinear) and m.bank is not None]
         largest = max(m.site.num_experts for m in sites)
         if isinstance(expert, str) and expert not in names:
-            raise ConfigError(f"export_expert: got {expert!r}, expected one of {names or 'the indices'}{nearest(expert, names)}")
+            raise ConfigError(
+                f"export_expert: got {expert!r}, expected one of {names or 'the indices'}{nearest(expert, names)}"
+            )
         index = names.index(expert) if isinstance(expert, str) else expert
         if not 0 <= index < largest:
             raise ConfigError(f"export_expert: got {index}, expected an index from 0 to {largest - 1}")
@@ -128,7 +130,10 @@ class MixtureModel:
         write_peft_lora(save_directory, modules=modules, base_model_name=base)
 
     def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = torch.utils.checkpoint.checkpoint, **kwargs: Any
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Any = torch.utils.checkpoint.checkpoint,
+        **kwargs: Any,
     ) -> None:
         """The choke point of every way to switch activation checkpointing on: bind our context to it."""
         func = bind(cast(nn.Module, self), gradient_checkpointing_func) if enable else gradient_checkpointing_func
@@ -136,8 +141,8 @@ class MixtureModel:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle and deepcopy by the base class, which can be found by name; the subclass is made again."""
-        _, _, *rest = super().__reduce_ex__(protocol)
-        return (_rebuild, (self._molora.base_class,), *rest)
+        parts: Any = super().__reduce_ex__(protocol)
+        return (_rebuild, (self._molora.base_class,), *parts[2:])
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
@@ -148,22 +153,27 @@ def _rebuild(base: type[nn.Module]) -> nn.Module:
 def _merge(m: MixtureLinear) -> None:
     weight, bank = getattr(m.base_layer, "weight", None), m.bank
     if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or bank is None:
-        raise AdapterError(f"{m.site.path}: cannot merge into a {type(m.base_layer).__name__}; only plain float linears")
+        raise AdapterError(
+            f"{m.site.path}: cannot merge into a {type(m.base_layer).__name__}; only plain float linears"
+        )
     A, B, scale = bank.expert(0)
     delta_OI = scale * (B.float() @ A.float())
     if not bool(torch.isfinite(delta_OI).all()):
         raise AdapterError(f"{m.site.path}: the expert holds NaN or infinite values; nothing was merged here")
     with torch.no_grad():
-        weight += (delta_OI if weight.shape == delta_OI.shape and not hasattr(m.base_layer, "nx") else delta_OI.t()).to(weight.dtype)
+        weight += (delta_OI if weight.shape == delta_OI.shape and not hasattr(m.base_layer, "nx") else delta_OI.t()).to(
+            weight.dtype
+        )
 
 
 def saved_tensors(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """What an adapter folder holds, by canonical name: banks, routers with their biases, the head, trained copies."""
     state = model.state_dict() if state_dict is None else state_dict
     out: dict[str, Tensor] = {}
-    places = [(now, path, m) for now, (path, m) in sites_of(model).items()]
-    places += [(now, now, m) for now, m in model.named_modules() if isinstance(m, SavedModule)]  # type: ignore[misc]
-    wanted = [(f"{now}.{part}.", f"{path}.{part}.") for now, path, _ in places for part in ("bank", "router", "trained")]
+    places = [(now, path) for now, (path, _) in sites_of(model).items()]
+    places += [(now, now) for now, m in model.named_modules() if isinstance(m, SavedModule)]
+    parts = ("bank", "router", "trained")
+    wanted = [(f"{now}.{part}.", f"{path}.{part}.") for now, path in places for part in parts]
     wanted.append((f"{HEAD}.", f"{HEAD}."))
     prefixes = dict(wanted)
     for key, tensor in state.items():
@@ -183,7 +193,7 @@ def _prefixes(key: str) -> Iterator[str]:
 
 
 @functools.cache
-def mixture_class(base: type[nn.Module]) -> type[nn.Module]:
+def mixture_class(base: Any) -> type[nn.Module]:
     """The subclass of ``base`` that a converted model of that class gets; its name, module and docs are the base's.
 
     transformers keys its hidden-state recorders, losses and label shifts by class name, so the name must not change.
@@ -200,14 +210,24 @@ def mixture_class(base: type[nn.Module]) -> type[nn.Module]:
     parameters = [*signature.parameters.values()]
     at = next((i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD), len(parameters))
     forward.__signature__ = signature.replace(parameters=[*parameters[:at], task, *parameters[at:]])  # type: ignore[attr-defined]
-    space = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, "forward": forward}
+    space = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "forward": forward,
+    }
     if not hasattr(base, "_set_gradient_checkpointing"):
         space["_set_gradient_checkpointing"] = None
     return type(base.__name__, (MixtureModel, base), space)
 
 
 def _run(
-    model: Any, inner: Callable[..., Any], names: list[str], args: Any, kwargs: dict[str, Any], task_ids: Tensor | None
+    model: Any,
+    inner: Callable[..., Any],
+    names: list[str],
+    args: Any,
+    kwargs: dict[str, Any],
+    task_ids: Tensor | None,
 ) -> Any:
     """One forward of a converted model: frame, scaling pass where the router is model-wide, base forward, losses."""
     mixture: Mixture = model._molora
@@ -217,14 +237,13 @@ def _run(
     frame = open_frame(model, mixture, arguments, task_ids)
     head = getattr(model, HEAD, None)
     with context.use(frame):
-        if head is None:
-            outputs = inner(model, **arguments)
-        else:
-            outputs = _two_passes(model, inner, head, arguments, frame)
+        outputs = inner(model, **arguments) if head is None else _two_passes(model, inner, head, arguments, frame)
     return add_aux_loss(model, mixture, outputs, frame, arguments)
 
 
-def _two_passes(model: Any, inner: Callable[..., Any], head: Any, arguments: dict[str, Any], frame: context.Frame) -> Any:
+def _two_passes(
+    model: Any, inner: Callable[..., Any], head: Any, arguments: dict[str, Any], frame: context.Frame
+) -> Any:
     cache = arguments.get("past_key_values")
     with paired_cache(cache) as (show_scaling, show_real):
         show_scaling()

@@ -11,7 +11,10 @@ __all__ = ["model_card"]
 
 def model_card(model: nn.Module, mixture: Mixture) -> str:
     """Markdown with the method, sizes per kind of parameter and how to load it; the same bytes for the same model."""
-    config, base = mixture.config, getattr(getattr(model, "config", None), "_name_or_path", "") or "the base model"
+    config, base = (
+        mixture.config,
+        getattr(getattr(model, "config", None), "_name_or_path", "") or "the base model",
+    )
     kinds: dict[str, int] = {}
     for name, p in model.named_parameters():
         kind = "experts, A" if name.endswith("lora_A") else "experts, B" if name.endswith("lora_B") else "routers"
@@ -19,7 +22,7 @@ def model_card(model: nn.Module, mixture: Mixture) -> str:
             kinds[kind] = kinds.get(kind, 0) + p.numel()
     experts = sorted({s.num_experts for s in mixture.sites})
     rows = "\n".join(f"| {k} | {n:,} |" for k, n in sorted(kinds.items()))
-    names = ", ".join(n for n, _ in config.adapters)
+    names = f" Experts: {', '.join(n for n, _ in config.adapters)}." if config.adapters else ""
     return f"""---
 library_name: molora
 tags:
@@ -32,7 +35,7 @@ tags:
 # {config.recipe} adapter for {base}
 
 A mixture of LoRA experts made with [molora](https://pypi.org/project/molora/): recipe `{config.recipe}`,
-{len(mixture.sites)} adapted modules, {" / ".join(map(str, experts))} experts a module.{f" Experts: {names}." if names else ""}
+{len(mixture.sites)} adapted modules, {" / ".join(map(str, experts))} experts a module.{names}
 
 | parameters | number |
 |---|---|

@@ -50,7 +50,9 @@ class Routing:
                 self._slots = torch.eye(E, dtype=ROUTER_DTYPE, device=self.probs.device).expand(T, E, E)
             else:
                 zeros_TKE = self.probs.new_zeros(*self.ids.shape, E)
-                self._slots = zeros_TKE.scatter(-1, self.ids.clamp_min(0).unsqueeze(-1), (self.ids >= 0).to(ROUTER_DTYPE).unsqueeze(-1))
+                self._slots = zeros_TKE.scatter(
+                    -1, self.ids.clamp_min(0).unsqueeze(-1), (self.ids >= 0).to(ROUTER_DTYPE).unsqueeze(-1)
+                )
         return self._slots
 
     def dense(self) -> Tensor:

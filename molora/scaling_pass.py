@@ -57,7 +57,7 @@ def paired_cache(cache: Any) -> Iterator[tuple[Callable[[], None], Callable[[], 
 def _halves(cache: Any) -> tuple[list[Any], list[Any]]:
     if not hasattr(cache, "layers"):
         raise ConfigError(
-            f"past_key_values: got a {type(cache).__name__}, expected a transformers Cache with layers, which can hold a "
+            f"past_key_values: got a {type(cache).__name__}, expected a transformers Cache with layers that can hold a "
             "second half for the scaling pass; use the default cache, or use_cache=False"
         )
     mark = getattr(cache, MARK, None)
@@ -65,7 +65,7 @@ def _halves(cache: Any) -> tuple[list[Any], list[Any]]:
         length = cache.get_seq_length() if cache.layers else 0
         if int(length) > 0:
             raise ConfigError(
-                f"past_key_values: got a cache with {int(length)} tokens that another model or the bare base filled; the "
+                f"past_key_values: got a cache with {int(length)} tokens that another model or the base filled; the "
                 "scaling pass has no keys for them. Start from an empty cache, or from one that this model returned"
             )
         return list(cache.layers), copy.deepcopy(list(cache.layers))
@@ -73,7 +73,7 @@ def _halves(cache: Any) -> tuple[list[Any], list[Any]]:
     lengths = {int(layer.get_seq_length()) for layer in (*real[:1], *scaling[:1]) if hasattr(layer, "get_seq_length")}
     if len(lengths) > 1:
         raise ConfigError(
-            f"past_key_values: its two halves hold {sorted(lengths)} tokens (a forward was interrupted, or ran with the "
+            f"past_key_values: its two halves hold {sorted(lengths)} tokens (a forward was cut off, or ran with the "
             "adapter off); start from an empty cache"
         )
     return real, scaling
@@ -105,7 +105,10 @@ def scaling_pass(
     for k in ("output_hidden_states", "output_attentions"):
         if k in passed:
             passed[k] = False
-    with torch.no_grad(), context.use(replace(frame, gates=None, pass_value=head.config.scaling_pass_value, tape=None)):
+    with (
+        torch.no_grad(),
+        context.use(replace(frame, gates=None, pass_value=head.config.scaling_pass_value, tape=None)),
+    ):
         out = call(**passed, return_dict=True)
     hidden_BSD: Tensor = out.last_hidden_state
     return head.gates(hidden_BSD.detach()), getattr(out, "past_key_values", None)

@@ -64,7 +64,9 @@ def save_folder(
                 new_weights = _stage(folder, WEIGHTS, weights)
                 config = describe(sha256).encode()
                 if len(config) > CONFIG_LIMIT:
-                    raise CheckpointError(f"{folder}: the config takes {len(config):,} bytes, expected at most {CONFIG_LIMIT:,}")
+                    raise CheckpointError(
+                        f"{folder}: the config takes {len(config):,} bytes, expected at most {CONFIG_LIMIT:,}"
+                    )
                 new_config = _stage(folder, CONFIG, lambda file: file.write(config))
                 os.replace(new_config, folder / NEXT)
                 os.fsync(directory)

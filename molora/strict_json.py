@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from molora.errors import AdapterError
 __all__ = ["open_regular", "parse_object", "read_object"]
 
 MAX_DEPTH = 12  # the deepest config nests 6
+MAX_KEY = 1000  # characters
 MAX_DIGITS = 18  # every such integer fits 64 bits
 _HUB_BLOB = re.compile(r"\.\./\.\./blobs/[0-9a-f]{40}([0-9a-f]{24})?")
 
@@ -32,7 +34,9 @@ def open_regular(path: Path) -> int:
     if stat.S_ISLNK(mode):
         target = os.readlink(path)
         if path.absolute().parent.parent.name != "snapshots" or not _HUB_BLOB.fullmatch(target):
-            raise AdapterError(f"{path}: got a link to {target!r}, expected a plain file; copy the file into the folder")
+            raise AdapterError(
+                f"{path}: got a link to {target!r}, expected a plain file; copy the file into the folder"
+            )
         path = path.absolute().parent / target
         mode = os.lstat(path).st_mode
     if not stat.S_ISREG(mode):
@@ -40,8 +44,8 @@ def open_regular(path: Path) -> int:
     return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
 
 
-def read_object(path: Path, limit: int) -> dict[str, Any]:
-    """The JSON object in the plain file ``path`` of at most ``limit`` bytes.
+def read_object(path: Path, limit: int, *, max_keys: int = 1 << 20) -> dict[str, Any]:
+    """The JSON object in the plain file ``path`` of at most ``limit`` bytes, with ``max_keys`` entries an object.
 
     Raises:
         FileNotFoundError: when the file is missing.
@@ -51,10 +55,10 @@ def read_object(path: Path, limit: int) -> dict[str, Any]:
         raw = file.read(limit + 1)
     if len(raw) > limit:
         raise AdapterError(f"{path}: got more than {limit:,} bytes, expected less; this is not an adapter's config")
-    return parse_object(raw, str(path))
+    return parse_object(raw, str(path), max_keys=max_keys)
 
 
-def parse_object(raw: bytes, what: str) -> dict[str, Any]:
+def parse_object(raw: bytes, what: str, *, max_keys: int = 1 << 20) -> dict[str, Any]:
     """``raw`` as a JSON object: UTF-8 without BOM, no repeated key, no NaN, no overflow, depth and digits bounded.
 
     Raises:
@@ -65,7 +69,7 @@ def parse_object(raw: bytes, what: str) -> dict[str, Any]:
             raise ValueError("it starts with a byte order mark")
         value = json.loads(
             raw.decode("utf-8"),
-            object_pairs_hook=_unique,
+            object_pairs_hook=functools.partial(_unique, max_keys),
             parse_constant=_constant,
             parse_int=_int,
             parse_float=_float,
@@ -79,11 +83,13 @@ def parse_object(raw: bytes, what: str) -> dict[str, Any]:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(max_keys: int, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > max_keys:
+        raise ValueError(f"an object has {len(pairs)} entries, more than {max_keys}")
     out: dict[str, Any] = {}
     for key, value in pairs:
-        if key in out:
-            raise ValueError(f"the key {key[:100]!r} stands twice")
+        if key in out or len(key) > MAX_KEY:
+            raise ValueError(f"the key {key[:100]!r} {'stands twice' if key in out else 'is too long'}")
         out[key] = value
     return out
 

@@ -71,7 +71,7 @@ class FFNBlock:
 
 class _Recorder(TorchDispatchMode):
     def __init__(self, trace: Trace) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace = trace
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -92,7 +92,9 @@ class _Shape(nn.Module):
         weight = getattr(original, "weight", None)
         dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else None
         self.weight = torch.empty(shape[1], shape[0], device="meta", dtype=dtype)
-        self.bias = None if getattr(original, "bias", None) is None else torch.empty(shape[1], device="meta", dtype=dtype)
+        self.bias = (
+            None if getattr(original, "bias", None) is None else torch.empty(shape[1], device="meta", dtype=dtype)
+        )
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out = x.new_empty(*x.shape[:-1], self.out_features)
@@ -174,8 +176,11 @@ def ffn_blocks(record: Trace) -> list[FFNBlock]:
             makers.setdefault(id(t), []).append(i)
     by_out = {id(c.out): c for c in record.calls}
     blocks = [b for down in record.calls if (b := _block(record, makers, by_out, down)) is not None]
-    seen: set[str] = set()
-    return [b for b in blocks if not (seen & {b.down, *b.ups}) and not seen.update({b.down, *b.ups})]
+    apart: list[FFNBlock] = []
+    for b in blocks:
+        if not {b.down, *b.ups} & {path for other in apart for path in (*other.ups, other.down)}:
+            apart.append(b)
+    return apart
 
 
 def _inputs(op: tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]) -> Iterator[Tensor]:

@@ -90,16 +90,22 @@ def _refuse(model: nn.Module, path: str) -> None:
     module = model.get_submodule(path)
     kind = type(module).__name__
     if isinstance(_parent(model, path), nn.MultiheadAttention):
-        raise TargetError(f"{path}: {kind} inside nn.MultiheadAttention, which reads its weight and never calls it; leave it out")
+        raise TargetError(
+            f"{path}: {kind} inside nn.MultiheadAttention, which reads its weight and never calls it; leave it out"
+        )
     if linear_shape(module) is None:
         raise TargetError(
             f"{path}: got a {kind}, expected a linear (something that maps the last dimension, with in_features and "
             "out_features); embeddings, convolutions and norms can be trained whole with modules_to_save"
         )
     weight = getattr(module, "weight", None)
-    tied = [p for p, m in model.named_modules() if isinstance(m, nn.Embedding) and m.weight is weight and weight is not None]
+    tied = [
+        p for p, m in model.named_modules() if isinstance(m, nn.Embedding) and m.weight is weight and weight is not None
+    ]
     if tied:
-        raise TargetError(f"{path}: its weight is tied to the embedding {tied[0]}; an adapter on one would part them. Leave it out")
+        raise TargetError(
+            f"{path}: its weight is tied to the embedding {tied[0]}; an adapter on one would part them. Leave it out"
+        )
 
 
 def _targets(model: nn.Module, config: MoloraConfig, found: Mapping[str, Candidate]) -> list[str]:
@@ -126,7 +132,7 @@ def _targets(model: nn.Module, config: MoloraConfig, found: Mapping[str, Candida
         picked = [p for p in picked if found[p].layer in config.layers_to_transform]
     if not picked:
         raise TargetError(
-            f"target_modules={wanted!r} with exclude_modules={config.exclude_modules!r} matches no linear; the model has: "
+            f"target_modules={wanted!r} with exclude_modules={config.exclude_modules!r} matches no linear; there are: "
             f"{', '.join(_endings(found)) or 'none at all'}"
         )
     return picked
@@ -176,7 +182,9 @@ class _Resolver:
     def value(self, name: str, v: PerLayer, c: Candidate, sampled: bool) -> int:
         layers = self.layers(c)
         if isinstance(v, tuple) and len(v) > layers and c.layer >= 0 and not sampled:
-            raise ConfigError(f"{name}: got {len(v)} values {v} for the {layers} layers of {c.stack!r}, expected at most {layers}")
+            raise ConfigError(
+                f"{name}: got {len(v)} values {v} for the {layers} layers of {c.stack!r}, expected at most {layers}"
+            )
         return per_layer(v, None if c.layer < 0 else c.layer, layers)
 
     def site(self, path: str, placement: int, *, adapted: bool = True, **own: object) -> SiteConfig:
@@ -206,7 +214,9 @@ class _Resolver:
         r = _pattern(self.config.rank_pattern, c.path, self.value("r", p.r, c, p.sampled))
         experts = r if p.rank_one else self.value("num_experts", p.num_experts, c, p.sampled)
         if top_k is not None and top_k > experts:
-            raise ConfigError(f"{c.path}: top_k: got {top_k} with {experts} experts on layer {c.layer}, expected at most {experts}")
+            raise ConfigError(
+                f"{c.path}: top_k: got {top_k} with {experts} experts on layer {c.layer}, expected at most {experts}"
+            )
         alpha = _pattern(self.config.alpha_pattern, c.path, p.lora_alpha)
         divisor = {"r": r, "sqrt_r": math.sqrt(r), "top_k": top_k or 1}[p.scale_by]
         return experts, (1 if p.rank_one else r,), (alpha / divisor * p.global_scale,), top_k
@@ -255,7 +265,7 @@ class _Resolver:
         inside = {p for p in self.found if p.startswith(name + ".")}
         if inside != paths:
             raise TargetError(
-                f"{b.down}: the feed-forward block's middle does not work on a slot axis, and the block is no module of "
+                f"{b.down}: the feed-forward block's middle cannot carry a slot axis, and the block is no module of "
                 "its own that could be run once per chosen expert; use a recipe that works linear by linear"
             )
         lead = self.site(b.ups[0], i, adapted=False, role="rows", block=b.down).replace(path=name)
@@ -290,7 +300,7 @@ def resolve(model: nn.Module, config: MoloraConfig, adapters: Mapping[str, LoraA
     modules = {name: a.modules for name, a in adapters.items()}
     if any(p.router.scope == "model" for p in config.placements) and _encoder_decoder(model):
         raise TargetError(
-            f"recipe {config.recipe!r} on {type(model).__name__}: a model-wide router needs one stream of tokens, and an "
+            f"recipe {config.recipe!r} on {type(model).__name__}: a model-wide router needs one stream of tokens, an "
             "encoder-decoder has two; use a recipe with a router per module"
         )
     targets = _imported(model, config, modules, found) if modules else _targets(model, config, found)

@@ -80,7 +80,9 @@ class TensorFile:
         self.entries = self._parse(self._read(8, length))
 
     def _fault(self, got: str) -> AdapterError:
-        return AdapterError(f"{self.path}: got {got}; expected a whole safetensors file. Fetch or save the adapter again")
+        return AdapterError(
+            f"{self.path}: got {got}; expected a whole safetensors file. Fetch or save the adapter again"
+        )
 
     def _parse(self, raw: bytes) -> dict[str, Entry]:
         if not raw.startswith(b"{"):
@@ -93,7 +95,9 @@ class TensorFile:
         for name, value in sorted(header.items(), key=lambda item: _offsets(item[1])):
             entry = _entry(value)
             if entry is None or _offsets(value) != (end, end + entry.nbytes):
-                raise self._fault(f"a broken entry for {name[:200]!r}: {str(value)[:200]}, with data before it up to {end}")
+                raise self._fault(
+                    f"a broken entry for {name[:200]!r}: {str(value)[:200]}, with data before it up to {end}"
+                )
             entries[name], end = entry, end + entry.nbytes
         if end != self.size - self._data:
             raise self._fault(f"{self.size - self._data:,} bytes of data for tensors of {end:,}")
@@ -173,9 +177,13 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> str:
     ranks = {dtype: i for i, dtype in enumerate(NAMES)}
     for name, t in tensors.items():
         if t.is_meta or t.layout is not torch.strided or t.dtype not in NAMES:
-            raise CheckpointError(f"{name}: got a {t.dtype} tensor ({t.layout}, {t.device}), expected plain numbers in memory")
+            raise CheckpointError(
+                f"{name}: got a {t.dtype} tensor ({t.layout}, {t.device}), expected plain numbers in memory"
+            )
         if t.is_floating_point() and not bool(t.isfinite().all()):
-            raise CheckpointError(f"{name}: holds NaN or infinite values; nothing was saved. The last saved adapter still stands")
+            raise CheckpointError(
+                f"{name}: holds NaN or infinite values; nothing was saved. The last saved adapter still stands"
+            )
     order = sorted(tensors, key=lambda name: (ranks[tensors[name].dtype], name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -8,7 +8,15 @@ from molora.routers.fixed import FixedRouter
 from molora.routers.hidden import HiddenRouter
 from molora.routers.linear import LinearRouter
 
-__all__ = ["BALANCES", "ROUTERS", "BiasedRouter", "FixedRouter", "HiddenRouter", "LinearRouter", "update_biases"]
+__all__ = [
+    "BALANCES",
+    "ROUTERS",
+    "BiasedRouter",
+    "FixedRouter",
+    "HiddenRouter",
+    "LinearRouter",
+    "update_biases",
+]
 
 ROUTERS: dict[str, type[LinearRouter] | type[HiddenRouter] | type[FixedRouter]] = {
     "linear": LinearRouter,

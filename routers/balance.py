@@ -50,7 +50,7 @@ def _row_mean(values_TE: Tensor, valid_BS: Tensor) -> Tensor:
 
 
 class Switch:
-    """``E sum_e f_e P_e`` (Switch Transformers, arXiv 2101.03961, eq. 4): 1 at balance, E at collapse onto one expert."""
+    """``E sum_e f_e P_e`` (Switch Transformers, arXiv 2101.03961, eq. 4): 1 at balance, E at collapse."""
 
     @staticmethod
     def observe(config: BalanceConfig, seen: Seen) -> tuple[Tensor, ...] | None:
@@ -167,7 +167,12 @@ def _values(config: BalanceConfig, pools: list[list[Observation]]) -> list[tuple
     for (_, num_experts, _), group in alike.items():
         valid_B = group[0][0].valid_B
         stacked = [
-            torch.stack([torch.stack([o.tensors[i] for o in pool]).mean(0) if len(pool) > 1 else pool[0].tensors[i] for pool in group])
+            torch.stack(
+                [
+                    torch.stack([o.tensors[i] for o in pool]).mean(0) if len(pool) > 1 else pool[0].tensors[i]
+                    for pool in group
+                ]
+            )
             for i in range(len(group[0][0].tensors))
         ]
         if config.scope == "batch":

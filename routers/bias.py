@@ -38,7 +38,7 @@ class BiasedRouter(nn.Module):
         _watch(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self.select_bias is not None:
             _watch(self)
 
@@ -74,7 +74,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
 
 
 def update_biases(model: nn.Module) -> None:
-    """Update every loss-free bias of ``model`` now; for engines whose optimizer holds flattened copies of parameters."""
+    """Update every loss-free bias of ``model`` now; for engines whose optimizer steps flattened copies."""
     for module in model.modules():
         if isinstance(module, BiasedRouter):
             module.update_bias()

@@ -15,7 +15,12 @@ class FixedRouter(nn.Module):
     """Logits of 0 for every expert; sites skip it and use weight 1. No parameters."""
 
     def __init__(
-        self, in_features: int, num_experts: int, config: RouterConfig, gate: GateConfig, device: torch.device | None = None
+        self,
+        in_features: int,
+        num_experts: int,
+        config: RouterConfig,
+        gate: GateConfig,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -42,10 +43,10 @@ class HiddenRouter(nn.Module):
     def reset_parameters(self, generator: torch.Generator) -> None:
         """nn.Linear's own initialisation, from ``generator``."""
         with torch.no_grad():
-            for p in self.parameters():
-                fan_in = p.shape[1] if p.ndim == 2 else self.layers[0].in_features  # type: ignore[union-attr]
-                bound = 1 / math.sqrt(int(fan_in))  # type: ignore[arg-type]
-                p.uniform_(-bound, bound, generator=generator)
+            for layer in cast(list[nn.Linear], self.layers):
+                bound = 1 / math.sqrt(layer.in_features)
+                for p in layer.parameters():
+                    p.uniform_(-bound, bound, generator=generator)
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
         """Logits (T, M, E), or (T, 1, E) without layerwise scalings; float32, autocast off."""
@@ -55,7 +56,7 @@ class HiddenRouter(nn.Module):
                 if i:
                     h = nn.functional.dropout(h.relu(), self.config.dropout, self.training)
                 h = layer(h)
-        return h.unflatten(-1, (-1, self.num_experts))
+        return cast(Tensor, h.unflatten(-1, (-1, self.num_experts)))
 
     def gates(self, hidden_BSD: Tensor) -> tuple[Routing, ...]:
         """One :class:`Routing` a site, from one gate over all of them."""
@@ -70,4 +71,4 @@ class HiddenRouter(nn.Module):
     def _per_site(self, flat: Tensor | None, tokens: int) -> tuple[Tensor | None, ...]:
         if flat is None:
             return (None,) * (self.num_sites if self.config.layerwise else 1)
-        return flat.unflatten(0, (tokens, -1)).unbind(1)
+        return cast(tuple[Tensor, ...], flat.unflatten(0, (tokens, -1)).unbind(1))

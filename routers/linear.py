@@ -22,7 +22,12 @@ class LinearRouter(BiasedRouter):
     """
 
     def __init__(
-        self, in_features: int, num_experts: int, config: RouterConfig, gate: GateConfig, device: torch.device | None = None
+        self,
+        in_features: int,
+        num_experts: int,
+        config: RouterConfig,
+        gate: GateConfig,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__(num_experts)
         self.config, self.partition = config, gate.partition

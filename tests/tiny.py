@@ -28,11 +28,20 @@ SHARED = {
 }
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 GQA = {**SHARED, **TOKENS, "num_key_value_heads": 2}
-T5 = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 64, "dropout_rate": 0.0}
+T5 = {
+    "d_model": 32,
+    "d_ff": 48,
+    "d_kv": 8,
+    "num_layers": 2,
+    "num_heads": 4,
+    "vocab_size": 64,
+    "dropout_rate": 0.0,
+}
 VISION = {k: SHARED[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
 WHISPER = {
     "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 64, "max_source_positions": 20, "max_target_positions": 20,
+    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 64, "max_source_positions": 20,
+    "max_target_positions": 20,
     "num_mel_bins": 8, "decoder_start_token_id": 1, "dropout": 0.0,
 }  # fmt: skip
 
@@ -41,7 +50,17 @@ BUILDERS: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: tf.Qwen3ForCausalLM(tf.Qwen3Config(**GQA, head_dim=8)),
     "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**GQA)),
     "gpt2": lambda: tf.GPT2LMHeadModel(
-        tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=128, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **TOKENS)
+        tf.GPT2Config(
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            vocab_size=64,
+            n_positions=128,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+            **TOKENS,
+        )
     ),
     "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**SHARED, **TOKENS)),
     "t5": lambda: tf.T5ForConditionalGeneration(tf.T5Config(**T5, **TOKENS, decoder_start_token_id=0)),
@@ -67,7 +86,9 @@ MORE: dict[str, Callable[[], Any]] = {
     ),
     "whisper": lambda: tf.WhisperForConditionalGeneration(tf.WhisperConfig(**WHISPER, **TOKENS)),
     "clip": lambda: tf.CLIPModel(
-        tf.CLIPConfig(text_config={**SHARED, **TOKENS}, vision_config={**VISION, "image_size": 16, "patch_size": 8}, projection_dim=16)
+        tf.CLIPConfig(
+            text_config={**SHARED, **TOKENS}, vision_config={**VISION, "image_size": 16, "patch_size": 8}, projection_dim=16
+        )
     ),
 }  # fmt: skip
 CAUSAL = ("llama", "qwen3", "phi3", "gpt2", "gpt_neox")
@@ -102,7 +123,11 @@ def batch(name: str, rows: int = 2, length: int = 9, seed: int = 0, labels: bool
     elif name == "whisper":
         out = {"input_features": torch.randn(rows, 8, 40, generator=g), "labels": ids[:, :5]}
     elif name == "clip":
-        out = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(rows, 3, 16, 16, generator=g)}
+        out = {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "pixel_values": torch.randn(rows, 3, 16, 16, generator=g),
+        }
     elif name == "bert":
         out = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": classes}
     elif name in ("t5", "t5_gated"):
@@ -112,7 +137,16 @@ def batch(name: str, rows: int = 2, length: int = 9, seed: int = 0, labels: bool
     return out if labels else {k: v for k, v in out.items() if k != "labels"}
 
 
-def write_adapter(folder: Path, name: str, *, r: int, seed: int, alpha: float = 16, only: tuple[str, ...] = (), rslora: bool = False) -> Path:
+def write_adapter(
+    folder: Path,
+    name: str,
+    *,
+    r: int,
+    seed: int,
+    alpha: float = 16,
+    only: tuple[str, ...] = (),
+    rslora: bool = False,
+) -> Path:
     """An ordinary PEFT LoRA folder for the tiny model ``name``, with random A and B on its layers' linears."""
     folder.mkdir(parents=True, exist_ok=True)
     g = torch.Generator().manual_seed(seed)
@@ -123,7 +157,8 @@ def write_adapter(folder: Path, name: str, *, r: int, seed: int, alpha: float = 
         tensors[f"base_model.model.{p}.lora_A.weight"] = torch.randn(r, c.shape[0], generator=g) / c.shape[0] ** 0.5
         tensors[f"base_model.model.{p}.lora_B.weight"] = torch.randn(c.shape[1], r, generator=g) * 0.1
     config = {
-        "peft_type": "LORA", "base_model_name_or_path": "", "r": r, "lora_alpha": alpha, "lora_dropout": 0.0, "bias": "none",
+        "peft_type": "LORA", "base_model_name_or_path": "", "r": r, "lora_alpha": alpha, "lora_dropout": 0.0,
+        "bias": "none",
         "target_modules": sorted({p.rpartition(".")[2] for p in chosen}), "use_rslora": rslora, "use_dora": False,
         "fan_in_fan_out": False, "rank_pattern": {}, "alpha_pattern": {}, "inference_mode": True, "task_type": None,
     }  # fmt: skip

@@ -103,7 +103,9 @@ def _pairs(name: str, value: Any) -> tuple[tuple[str, Any], ...]:
 def folders(name: str, adapters: Mapping[str, str | os.PathLike[str]] | None) -> tuple[tuple[str, str], ...]:
     """``{name: folder}`` as the config keeps it, in the given order (the order of the experts)."""
     if not isinstance(adapters, Mapping) or not adapters:
-        raise ConfigError(f"{name}: adapters: got {adapters!r}, expected {{name: folder}} with at least one PEFT LoRA folder")
+        raise ConfigError(
+            f"{name}: adapters: got {adapters!r}, expected {{name: folder}} with at least one PEFT LoRA folder"
+        )
     return tuple((str(k), os.fspath(v)) for k, v in adapters.items())
 
 
@@ -126,7 +128,7 @@ def recipe(*, released: Mapping[str, Any] | None = None, **defaults: Any) -> Cal
                 if key not in own and key not in shared:
                     known = [*own, *shared]
                     raise ConfigError(
-                        f"{function.__name__}: unknown option {key!r}{nearest(key, known)} It takes: {', '.join(known)}."
+                        f"{function.__name__}: unknown option {key!r}{nearest(key, known)} Known: {', '.join(known)}."
                     )
             if options.get("released"):
                 options = {**(released or {}), **options}

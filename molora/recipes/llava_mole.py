@@ -19,7 +19,7 @@ def llava_mole(
     init_noise: float = 0.01,
     common: Common,
 ) -> MoloraConfig:
-    """LLaVA-MoLE (Chen et al. 2024, arXiv 2401.16160, sec. 3.2): ``y = W x + w B_e A_e x`` with e = argmax of the router.
+    """LLaVA-MoLE (Chen et al. 2024, arXiv 2401.16160, sec. 3.2): ``y = W x + w B_e A_e x`` e = the router's argmax.
 
     One router (with a bias) per MLP, fed with the MLP's input, serves its gate, up and down linears; attention gets
     plain LoRA. ``hard_weight``: w is the probability (``"prob"``), one with a straight-through gradient (``"ste"``),

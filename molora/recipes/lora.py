@@ -10,5 +10,5 @@ __all__ = ["lora"]
 
 @recipe()
 def lora(*, common: Common) -> MoloraConfig:
-    """LoRA (Hu et al. 2021, arXiv 2106.09685): ``y = W x + (alpha / r) B A x`` on every linear of the language stack."""
+    """LoRA (Hu et al. 2021, arXiv 2106.09685): ``y = W x + (alpha / r) B A x`` on every linear of the stack."""
     return common.config("lora", common.placement(router=RouterConfig(kind="fixed")))

@@ -40,7 +40,9 @@ def mixlora(
     }
     if routing not in gates:
         raise ConfigError(f"mixlora: routing: got {routing!r}, expected one of {', '.join(gates)}")
-    as_released = {"pooling": "model", "count": "slots"} if common.released and routing == "top_k" else {"count": "argmax"}
+    as_released = (
+        {"pooling": "model", "count": "slots"} if common.released and routing == "top_k" else {"count": "argmax"}
+    )
     balance = common.switch(router_aux_loss_coef, **as_released)
     if routing == "switch":
         balance += (BalanceConfig(kind="z", coef=router_z_loss_coef, scope=common.balance_scope),)
