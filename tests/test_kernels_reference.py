@@ -58,8 +58,9 @@ def layout_of(ranks: tuple[int, ...], scales: tuple[float, ...]) -> reference.La
 
 def setup(case: Case, dtype: torch.dtype) -> Setup:
     g = torch.Generator().manual_seed(3)
-    T, I, O, R = case.tokens, case.wide, case.out, sum(case.ranks)
-    shapes = {"base": (T, O), "x": (T, I), "A": (R, I), "B": (O, R)}
+    R = sum(case.ranks)
+    xy = {"base": (case.tokens, case.out), "x": (case.tokens, case.wide)}
+    shapes = {**xy, "A": (R, case.wide), "B": (case.out, R)}
     leaves = {n: torch.randn(s, generator=g, dtype=torch.float64).to(dtype) for n, s in shapes.items()}
     ids = None
     if case.top_k is not None:

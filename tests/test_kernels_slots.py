@@ -59,7 +59,7 @@ def expand_loop(leaves: dict[str, Tensor], ids: Tensor, layout: Layout) -> Tenso
         for t in range(ids.shape[0])
         for k in range(ids.shape[1])
     ]
-    empty = leaves["base"].unsqueeze(1).expand(0, ids.shape[1], -1) * 1
+    empty = leaves["base"].unsqueeze(1).expand(*ids.shape, -1) * 1
     return torch.stack(rows).view(*ids.shape, -1) if rows else empty
 
 
