@@ -1,4 +1,4 @@
-"""JSON from files that strangers made: bounded before it is parsed, and nothing that two readers could read differently."""
+"""JSON from files that strangers made: bounded before it is parsed, nothing that two readers could read differently."""
 
 from __future__ import annotations
 

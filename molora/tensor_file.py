@@ -163,7 +163,7 @@ def _entry(value: Any) -> Entry | None:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> str:

@@ -16,13 +16,15 @@ ALSO_CHECKED = ("benchmarks", "tests")
 Row = tuple[int, tuple[str, ...]]
 ROWS: tuple[Row, ...] = (
     (0, ("molora.errors", "molora.config", "molora.routing", "molora.context")),
+    (1, ("molora.strict_json", "molora.tensor_file", "molora.staged")),
     (1, ("molora.recipes",)),
     (1, ("molora.kernels",)),
     (2, ("molora.bank",)),
     (2, ("molora.routers",)),
     (3, ("molora.layers", "molora.ffn", "molora.structure")),
     (4, ("molora.install",)),
-    (4, ("molora.checkpoint", "molora.interop.peft_lora", "molora.strict_json", "molora.tensor_file")),
+    (4, ("molora.checkpoint", "molora.adapter_config", "molora.fingerprint")),
+    (4, ("molora.interop.peft_lora", "molora.interop.bin_file", "molora.interop.names")),
     (5, ("molora.targets",)),
     (
         5,

@@ -1,0 +1,1 @@
+"""Adapter folders and checkpoints of other software."""

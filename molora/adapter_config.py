@@ -1,0 +1,149 @@
+"""adapter_config.json: what an adapter says about itself, and which tensors therefore belong to it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from molora.config import MoloraConfig, PerLayer, Placement, SiteConfig, Strict
+from molora.errors import ConfigError
+from molora.fingerprint import fingerprint_faults
+from molora.routers import ROUTERS, BiasedRouter
+
+__all__ = ["FORMAT", "PEFT_TYPE", "AdapterConfig", "Header", "disagreements", "expected_tensors"]
+
+FORMAT = 1
+PEFT_TYPE = "MOLORA"
+HEAD = "molora_router"  # attribute of the model that holds a model-wide router
+UNKNOWN = 0  # stands for the width of the hidden states while a head is built; no other dimension is 0
+ANY = -1  # in an expected shape: whatever the model has
+MAX_EXPERTS = 1 << 24  # over all sites; ranks and scales are spelled out per expert when a bank is built
+MAX_DEPTH = 64  # linears in a model-wide router
+
+Shape = tuple[int, ...]
+Header = Mapping[str, tuple[Shape, torch.dtype]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(Strict):
+    """adapter_config.json. ``r``, ``lora_alpha`` and ``target_modules`` inform; ``config`` and ``sites`` decide."""
+
+    peft_type: str
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    molora_format: int
+    molora_version: str
+    r: PerLayer
+    lora_alpha: float
+    target_modules: tuple[str, ...]
+    config: MoloraConfig
+    sites: tuple[SiteConfig, ...]
+    fingerprint: dict  # type: ignore[type-arg]
+    sha256: str
+
+    def faults(self) -> list[str]:
+        """What no single field shows: the format, paths and placements of the sites, and sizes out of all reason."""
+        out = [] if self.molora_format == FORMAT else [f"molora_format: got {self.molora_format}, expected {FORMAT}"]
+        out += fingerprint_faults(self.fingerprint)
+        twice = [p for p, n in Counter(s.path for s in self.sites).items() if n > 1]
+        out += [f"sites: {p[:200]!r} stands twice" for p in twice[:3]]
+        for s in self.sites:
+            if not (s.path.isprintable() and all(s.path.split(".")) and len(s.path) < 1000):
+                out.append(f"sites: path: got {s.path[:200]!r}, expected names joined by dots")
+            if not 0 <= s.placement < len(self.config.placements):
+                out.append(
+                    f"{s.path[:200]}: placement: got {s.placement}, expected 0 to {len(self.config.placements) - 1}"
+                )
+        if sum(s.num_experts for s in self.sites) > MAX_EXPERTS:
+            out.append(f"sites: got more than {MAX_EXPERTS:,} experts in all")
+        for p in self.config.placements:
+            if p.router.kind not in ROUTERS or p.router.depth > MAX_DEPTH:
+                out.append(
+                    f"router: got kind {p.router.kind[:100]!r} of depth {p.router.depth}, "
+                    f"expected one of {', '.join(ROUTERS)} of depth up to {MAX_DEPTH}"
+                )
+        return out[:10]
+
+    def text(self) -> str:
+        """JSON with sorted keys, one site a line, the sites' default values left out."""
+        defaults = {f.name: f.default for f in fields(SiteConfig)}
+        sites = [{k: v for k, v in s.to_dict().items() if v != defaults[k]} for s in self.sites]
+        lines = []
+        for key, value in sorted(self.to_dict().items()):
+            text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False).replace("\n", "\n  ")
+            if key == "sites":
+                text = "[\n    " + ",\n    ".join(json.dumps(s, sort_keys=True) for s in sites) + "\n  ]"
+            lines.append(f"  {json.dumps(key)}: {text}")
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def expected_tensors(config: MoloraConfig, sites: Sequence[SiteConfig]) -> dict[str, Shape]:
+    """Names and shapes of the banks and routers that the sites have; ``ANY`` for a width that only the model knows.
+
+    Copies of ``modules_to_save`` (``<path>.trained.<name>``) come on top; the config does not know their shapes.
+
+    Raises:
+        ConfigError: for a router so large that its shape overflows.
+    """
+    out: dict[str, Shape] = {}
+    routers: dict[tuple[int, int, int], dict[str, Shape]] = {}
+    for site in sites:
+        if site.ranks:
+            R = sum(site.ranks) * (site.num_experts if len(site.ranks) == 1 else 1)
+            out[f"{site.path}.bank.lora_A"] = (R, site.in_features)
+            out[f"{site.path}.bank.lora_B"] = (site.out_features, R)
+        placement = config.placements[site.placement]
+        if site.lead and placement.router.scope != "model":
+            key = (site.placement, site.in_features, site.num_experts)
+            if key not in routers:
+                routers[key] = _router(placement, *key[1:])
+            out |= {f"{site.path}.router.{name}": shape for name, shape in routers[key].items()}
+    wide = [p for p in config.placements if p.router.scope == "model"]
+    if wide and sites:
+        head = _router(wide[0], UNKNOWN, sites[0].num_experts, len(sites))
+        out |= {f"{HEAD}.{name}": tuple(ANY if n == UNKNOWN else n for n in shape) for name, shape in head.items()}
+    return out
+
+
+def _router(placement: Placement, *sizes: int) -> dict[str, Shape]:
+    """What a router of these sizes keeps, by building one without storage."""
+    kind, router, gate = placement.router.kind, placement.router, placement.gate
+    in_features, num_experts, *num_sites = sizes
+    try:
+        built = ROUTERS[kind](in_features, num_experts, router, gate, *num_sites, torch.device("meta"))  # type: ignore[arg-type, call-arg]
+    except RuntimeError as e:
+        raise ConfigError(f"the router of {placement.select!r} linears cannot exist: {e}") from e
+    shapes = {name: tuple(t.shape) for name, t in built.state_dict().items()}
+    if isinstance(built, BiasedRouter) and any(b.kind == "bias" for b in placement.balance):
+        shapes["select_bias"] = (num_experts,)
+    return shapes
+
+
+def disagreements(config: MoloraConfig, expected: Mapping[str, Shape], header: Header) -> list[str]:
+    """How the tensors of ``header`` differ from the ``expected`` ones, in words; empty when they agree."""
+    missing = [n for n in expected if n not in header]
+    extra = [n for n in header if n not in expected and not _is_saved_module(config, n)]
+    faults = [
+        f"{what}: {', '.join(n[:200] for n in names[:3])}{' ...' if len(names) > 3 else ''} ({len(names)} in all)"
+        for what, names in (("missing", missing), ("not expected", extra))
+        if names
+    ]
+    for name in expected:
+        shape, dtype = header.get(name, (expected[name], torch.float32))
+        fits = len(shape) == len(expected[name]) and all(
+            e in (ANY, n) for n, e in zip(shape, expected[name], strict=True)
+        )
+        if not fits:
+            faults.append(f"{name}: got shape {shape}, expected {expected[name]}")
+        if not dtype.is_floating_point:
+            faults.append(f"{name}: got {dtype}, expected floating point")
+    return faults[:5]
+
+
+def _is_saved_module(config: MoloraConfig, name: str) -> bool:
+    path, found, _ = name.partition(".trained.")
+    return bool(found) and any(path == m or path.endswith("." + m) for m in config.modules_to_save)

@@ -1,0 +1,248 @@
+"""PEFT LoRA folders, read and written without PEFT: adapters become experts, an expert becomes an adapter."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from molora.errors import AdapterError, CheckpointError, nearest
+from molora.interop.bin_file import load_pickle
+from molora.interop.names import exact_pattern, first_match, renamings
+from molora.staged import CONFIG, CONFIG_LIMIT, WEIGHTS, save_folder
+from molora.strict_json import read_object
+from molora.tensor_file import TensorFile
+
+__all__ = ["LoraAdapter", "align", "is_peft_lora", "read_peft_lora", "write_peft_lora"]
+
+PEFT_TYPE = "LORA"
+PREFIX = "base_model.model."
+PICKLE = "adapter_model.bin"
+HEADER_LIMIT = 4 << 20  # bytes; a module's two tensors take about 300
+
+# Options that change the meaning of the weights; so may any switch use_... that is not known here.
+REFUSED = (
+    "lora_bias",
+    "target_parameters",
+    "layer_replication",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+# Initialisers that subtract the start from the base weights; the adapter alone is not what was trained.
+REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+STRANGERS = {
+    "lora_embedding_": "an embedding's LoRA",
+    "lora_magnitude_vector": "a DoRA magnitude",
+    "lora_": "not a plain LoRA matrix",
+}
+
+Module = tuple[Tensor, Tensor, float]
+
+
+@dataclass(frozen=True)
+class LoraAdapter:
+    """One LoRA: per module path A (r, in_features), B (out_features, r) and the factor of B A.
+
+    A and B are stored this way round whatever ``fan_in_fan_out`` says: that is about the base weight (GPT-2's Conv1D),
+    to which PEFT would add the transpose of B A.
+    """
+
+    folder: str
+    modules: dict[str, Module]
+    base_model_name: str | None
+
+
+def is_peft_lora(folder: str | os.PathLike[str]) -> bool:
+    """Whether ``folder`` holds a config that calls itself a PEFT LoRA; nothing else of it is looked at."""
+    try:
+        return read_object(Path(folder) / CONFIG, CONFIG_LIMIT).get("peft_type") == PEFT_TYPE
+    except (OSError, AdapterError):
+        return False
+
+
+def read_peft_lora(folder: str | os.PathLike[str], *, allow_pickle: bool = False) -> LoraAdapter:
+    """Read a PEFT LoRA folder: ranks from the shapes, scale alpha / r or alpha / sqrt(r), per-module patterns.
+
+    ``allow_pickle`` admits ``adapter_model.bin``, read with ``weights_only=True``, where there is no safetensors file.
+
+    Raises:
+        AdapterError: for anything that is not plain LoRA on linears, or not whole; with the file and the remedy.
+    """
+    folder = Path(folder)
+    try:
+        config = read_object(folder / CONFIG, CONFIG_LIMIT)
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise AdapterError(f"{folder}: there is no {CONFIG}; expected a PEFT LoRA folder") from e
+    _refuse(folder / CONFIG, config)
+    pairs = _pairs(folder, _tensors(folder, allow_pickle))
+    modules = {path: (A, B, _scale(folder / CONFIG, config, path, A.shape[0])) for path, (A, B) in pairs.items()}
+    name = config.get("base_model_name_or_path")
+    return LoraAdapter(str(folder), modules, name if isinstance(name, str) and name else None)
+
+
+def _refuse(path: Path, config: dict[str, Any]) -> None:
+    kind = config.get("peft_type")
+    if kind != PEFT_TYPE:
+        raise AdapterError(f"{path}: got peft_type {str(kind)[:100]!r}, expected {PEFT_TYPE!r}")
+    for key in (k for k, v in config.items() if v):
+        if key in REFUSED or (key.startswith("use_") and key != "use_rslora"):
+            got = f"{key[:100]}={str(config[key])[:100]}"
+            raise AdapterError(f"{path}: got {got}, expected plain LoRA: nothing else can be an expert")
+    if config.get("bias", "none") != "none":
+        raise AdapterError(f"{path}: got bias={str(config['bias'])[:100]!r}, expected 'none': an expert has no bias")
+    if config.get("modules_to_save"):
+        raise AdapterError(
+            f"{path}: got modules_to_save={str(config['modules_to_save'])[:100]}, expected none: whole trained modules "
+            "cannot be mixed; train them with molora's own modules_to_save"
+        )
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(REBASED):
+        raise AdapterError(
+            f"{path}: got init_lora_weights={init[:100]!r}, which also changed the base weights; save it with PEFT's "
+            "path_initial_model_for_weight_conversion, which turns it into plain LoRA"
+        )
+
+
+def _tensors(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
+    try:
+        return TensorFile(folder / WEIGHTS, header_limit=HEADER_LIMIT).load()[0]
+    except FileNotFoundError:
+        pass
+    try:
+        return load_pickle(folder / PICKLE, allow_pickle=allow_pickle)
+    except FileNotFoundError as e:
+        raise AdapterError(f"{folder}: there is no {WEIGHTS}; expected a PEFT LoRA folder with its weights") from e
+
+
+def _pairs(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B by module path."""
+    halves: dict[str, dict[str, Tensor]] = {}
+    for key, t in tensors.items():
+        path, letter = _split(key)
+        if letter is None:
+            what = next((v for k, v in STRANGERS.items() if k in key), "a whole trained module or bias")
+            raise AdapterError(f"{folder}: got {key[:200]!r}, {what}; expected LoRA matrices of linears only")
+        if t.ndim != 2 or not t.is_floating_point():
+            got = f"{t.dtype} of shape {tuple(t.shape)}{', a convolution' if t.ndim > 2 else ''}"
+            raise AdapterError(f"{folder}: {key[:200]}: got {got}; expected a floating-point matrix")
+        if letter in halves.setdefault(path, {}):
+            raise AdapterError(f"{folder}: {path}: lora_{letter} stands twice, with and without an adapter name")
+        halves[path][letter] = t
+    for path, h in halves.items():
+        if h.keys() != {"A", "B"}:
+            raise AdapterError(f"{folder}: {path}: has lora_{next(iter(h))} alone, expected lora_A and lora_B")
+        if h["A"].shape[0] != h["B"].shape[1] or 0 in (*h["A"].shape, *h["B"].shape):
+            got = f"A {tuple(h['A'].shape)} and B {tuple(h['B'].shape)}"
+            raise AdapterError(f"{folder}: {path}: got {got}, expected (r, in) and (out, r)")
+    if not halves:
+        raise AdapterError(f"{folder}: holds no tensors, expected LoRA matrices")
+    return {path: (halves[path]["A"], halves[path]["B"]) for path in sorted(halves)}
+
+
+def _split(key: str) -> tuple[str, str | None]:
+    """``base_model.model.<path>.lora_A[.default].weight`` to (path, "A"); (key, None) for any other tensor."""
+    parts = key.removeprefix(PREFIX).split(".")
+    if parts[-2:-1] == ["default"] and len(parts) > 2:
+        del parts[-2]
+    if len(parts) < 3 or parts[-1] != "weight" or parts[-2] not in ("lora_A", "lora_B") or not all(parts):
+        return key, None
+    return ".".join(parts[:-2]), parts[-2][-1]
+
+
+def _scale(path: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA; alpha by the first pattern that fits the module."""
+    values: dict[str, Any] = {}
+    for name, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        table = config.get(patterns) or {}
+        if not isinstance(table, dict):
+            raise AdapterError(f"{path}: {patterns}: got {type(table).__name__}, expected an object")
+        key = first_match(table, module, f"{path}: {patterns}")
+        values[name] = config.get(name, 8) if key is None else table[key]
+    r, alpha = values["r"], values["lora_alpha"]
+    if type(r) is not int or r != rank:
+        raise AdapterError(f"{path}: {module}: got r={str(r)[:100]}, but its weights have rank {rank}")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise AdapterError(f"{path}: {module}: got lora_alpha={str(alpha)[:100]!r}, expected a number")
+    rs = config.get("use_rslora", False)
+    if not isinstance(rs, bool):
+        raise AdapterError(f"{path}: got use_rslora={str(rs)[:100]!r}, expected true or false")
+    return alpha / (math.sqrt(rank) if rs else rank)
+
+
+def align(adapter: LoraAdapter, module_paths: Iterable[str]) -> dict[str, Module]:
+    """The adapter's modules under the names of a model that has ``module_paths``.
+
+    The names as they are, or all of them with one and the same prefix added or removed: an adapter of a bare backbone
+    on a model with a head, or the other way round.
+
+    Raises:
+        AdapterError: when no such way, or more than one, puts every module onto one of the model's.
+    """
+    names, paths = list(adapter.modules), dict.fromkeys(module_paths)
+    ways = renamings(names, paths)
+    if len(ways) == 1:
+        return {ways[0][n]: m for n, m in adapter.modules.items()}
+    if ways:
+        got = ", ".join(w[names[0]] for w in ways[:3])
+        raise AdapterError(f"{adapter.folder}: {names[0]} fits {got} alike; expected one match")
+    missing = [n for n in names if n not in paths]
+    lacks = "shares no module with the model" if len(missing) == len(names) else f"has {len(missing)} modules too many"
+    made_for = f"; it was made for {adapter.base_model_name}" if adapter.base_model_name else ""
+    raise AdapterError(
+        f"{adapter.folder}: {lacks}: got {missing[0]}{nearest(missing[0], paths)} "
+        f"Expected an adapter of this base model{made_for}"
+    )
+
+
+def write_peft_lora(
+    folder: str | os.PathLike[str], *, modules: Mapping[str, tuple[Tensor, Tensor, float]], base_model_name: str | None
+) -> None:
+    """Save ``modules`` (path to A (r, in), B (out, r), scale) as a folder that PEFT loads and computes alike.
+
+    Modules of rank 0 are left out. Staged like molora's own folders, but PEFT checks no digest: a crash while an
+    export is written over an older one may leave the new weights beside the old config.
+
+    Raises:
+        CheckpointError: when nothing is left to save, or the folder cannot be written or holds something else.
+    """
+    kept = {path: m for path, m in modules.items() if m[0].shape[0]}
+    if not kept:
+        raise CheckpointError(f"{folder}: got no module of rank 1 or more, expected something to save")
+    ranks = {path: A.shape[0] for path, (A, _, _) in kept.items()}
+    alphas = {path: _whole(scale * ranks[path]) for path, (_, _, scale) in kept.items()}
+    r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
+    config = {
+        "peft_type": PEFT_TYPE,
+        "task_type": None,
+        "base_model_name_or_path": base_model_name or None,
+        "inference_mode": True,
+        "r": r,
+        "lora_alpha": alpha,
+        "rank_pattern": {exact_pattern(p): n for p, n in ranks.items() if n != r},
+        "alpha_pattern": {exact_pattern(p): a for p, a in alphas.items() if a != alpha},
+        "target_modules": sorted(kept),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    tensors = {f"{PREFIX}{p}.lora_{x}.weight": t for p, m in kept.items() for x, t in zip("AB", m[:2], strict=True)}
+    save_folder(Path(folder), peft_type=PEFT_TYPE, tensors=tensors, describe=lambda _: text, card=None)
+
+
+def _whole(value: float) -> float | int:
+    """Numbers that are whole as integers, the way PEFT writes them."""
+    return int(value) if value == int(value) else value
