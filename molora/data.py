@@ -19,7 +19,7 @@ from torch import Tensor
 
 from molora.errors import ConfigError
 
-__all__ = ["IGNORED", "Collator", "Example", "Record", "deduplicated", "encode", "mix", "read_jsonl", "split"]
+__all__ = ["IGNORED", "Collator", "Example", "Record", "apart", "deduplicated", "encode", "mix", "read_jsonl", "split"]
 
 IGNORED = -100  # a label that torch's cross-entropy leaves out
 SHORTEST_WINDOW = 16  # tokens; a shorter rest of a long text is dropped
@@ -126,6 +126,10 @@ def _plain(record: Record, prompt_only: bool = False) -> str:
     return "\n".join(" ".join(p.casefold().split()) for p in parts)
 
 
+def _group(record: Record) -> str:
+    return record.group or _plain(record, prompt_only=bool(record.messages))
+
+
 def deduplicated(records: Iterable[Record]) -> list[Record]:
     """The first of each set of records that differ at most in case and spacing, in the given order."""
     return list({_plain(r): r for r in reversed(list(records))}.values())[::-1]
@@ -145,7 +149,7 @@ def split(records: Sequence[Record], heldout: float | int, seed: int) -> tuple[l
     wanted = max(1, round(heldout * len(records)) if heldout < 1 else int(heldout))
     groups: dict[str, list[Record]] = {}
     for r in records:
-        groups.setdefault(r.group or _plain(r, prompt_only=bool(r.messages)), []).append(r)
+        groups.setdefault(_group(r), []).append(r)
     order = sorted(groups, key=lambda g: hashlib.blake2b(f"{seed}\0{g}".encode()).digest())
     held: list[Record] = []
     while order and len(held) < wanted:
@@ -157,6 +161,20 @@ def split(records: Sequence[Record], heldout: float | int, seed: int) -> tuple[l
             "add records or lower heldout"
         )
     return train, held
+
+
+def apart(train: Sequence[Record], heldout: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """(train, held-out) of two files, duplicates dropped, without the training records whose group is held out.
+
+    Raises:
+        ConfigError: when nothing is left to train on.
+    """
+    held = deduplicated(heldout)
+    taken = {_group(r) for r in held}
+    left = [r for r in deduplicated(train) if _group(r) not in taken]
+    if not left:
+        raise ConfigError(f"got {len(train)} training records that are all held out as well, expected others")
+    return left, held
 
 
 def encode(record: Record, tokenizer: Any, max_length: int) -> list[Example]:

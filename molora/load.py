@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -13,13 +14,14 @@ from molora.config import MoloraConfig, Placement, RouterConfig
 from molora.convert import convert
 from molora.errors import AdapterError, ConfigError, TargetError
 from molora.install import HEAD, Built, build, install
-from molora.interop.peft_lora import is_peft_lora
 from molora.layers import SavedModule
 from molora.model import MixtureModel, adopt
+from molora.strict_json import read_object
 from molora.structure import linear_shape
 
 __all__ = ["from_pretrained", "load"]
 
+MAX_CONFIG = 4 * 2**20  # bytes of an adapter_config.json
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -47,7 +49,7 @@ def load(
     """
     if isinstance(base_model, MixtureModel):
         raise ConfigError("load: this model already carries a mixture; call model.unload() first")
-    if is_peft_lora(folder):
+    if _is_peft_lora(folder):
         return _plain_lora(base_model, folder, trainable, missing)
     if missing:
         raise ConfigError(f"load: got {sorted(missing)}, but a molora folder records everything; leave them out")
@@ -60,6 +62,11 @@ def load(
     if not trainable:
         base_model.requires_grad_(False)
     return base_model
+
+
+def _is_peft_lora(folder: str | os.PathLike[str]) -> bool:
+    config = Path(folder) / "adapter_config.json"
+    return config.is_file() and not config.is_symlink() and read_object(config, MAX_CONFIG).get("peft_type") == "LORA"
 
 
 def _plain_lora(model: M, folder: str | os.PathLike[str], trainable: bool, missing: dict[str, Any]) -> M:
@@ -130,7 +137,8 @@ def from_pretrained(folder: str | os.PathLike[str], *, trainable: bool = False, 
     import transformers
 
     adapter = read_adapter(folder)
-    name, class_name = adapter.base_model_name, str(adapter.fingerprint.get("class", ""))
+    name = adapter.fingerprint.get("base_model_name_or_path")
+    class_name = str(adapter.fingerprint.get("model_class", ""))
     if not name:
         raise AdapterError(f"{folder}: names no base model; load the base yourself and call molora.load(base, folder)")
     cls = getattr(transformers, class_name, transformers.AutoModelForCausalLM)

@@ -109,7 +109,7 @@ def scaling_pass(
         torch.no_grad(),
         context.use(replace(frame, gates=None, pass_value=head.config.scaling_pass_value, tape=None)),
     ):
-        out = call(**passed, return_dict=True)
+        out = call(**{**passed, "return_dict": True})
     hidden_BSD: Tensor = out.last_hidden_state
     return head.gates(hidden_BSD.detach()), getattr(out, "past_key_values", None)
 

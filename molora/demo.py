@@ -1,0 +1,198 @@
+"""The demo: fine-tune mixtures of about the same size on the same domains, compare, reload, answer, look at routing."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from rich.markup import escape
+from transformers import PreTrainedModel
+
+from molora.convert import convert
+from molora.data import IGNORED, Record, encode
+from molora.errors import CheckpointError, ConfigError
+from molora.eval.answer import fresh_answers
+from molora.eval.collect import count_routing
+from molora.eval.figures import load_heatmaps
+from molora.eval.metrics import summary
+from molora.eval.score import answer, exact_match, heldout_loss, prompt_text
+from molora.eval.tables import data_table, result_table, verdicts
+from molora.training.arguments import Arguments, read_arguments
+from molora.training.demo_data import score_answer
+from molora.training.demo_model import model_folder
+from molora.training.match import matched
+from molora.training.train import Data, load_base, load_tokenizer, prepare_data, recipe_config, train
+
+__all__ = ["run_demo"]
+
+BASE = "base"
+ANSWER_TOKENS = 24
+
+
+def run_demo(configs: Sequence[Path], out: Path, overrides: Sequence[str], console: Console) -> dict[str, Any]:
+    """Run every config in turn on the same base and data; write all results under ``out`` and return them.
+
+    The first config sets the size: one with single experts gets the rank that comes closest to it.
+
+    Raises:
+        ConfigError: bad configs or data, or configs that differ in base, data or seed.
+        CheckpointError: a reloaded adapter that does not answer as the trained one did.
+    """
+    started = time.perf_counter()
+    runs = _comparable([read_arguments(path, overrides) for path in configs], out)
+    first = next(iter(runs.values()))
+    console.rule("Base model and data")
+    tokenizer = load_tokenizer(first.model)
+    data = prepare_data(first.data, tokenizer, first.training.seed)
+    console.print(f"base: {model_folder(first.model.model_name_or_path).name}, {first.model.dtype}", highlight=False)
+    console.print(_domains(first, data))
+    results: dict[str, Any] = {BASE: _scores(load_base(first.model), tokenizer, data)}
+    for name, arguments in runs.items():
+        console.rule(f"Training {name}")
+        gc.collect()
+        results[name] = _one_run(arguments, tokenizer, data, out, console)
+    report = {"runs": results, "not_below_base": verdicts(results, BASE), **_circumstances(started)}
+    _write_json(out / "metrics.json", report)
+    chosen = {name: arguments.chosen() for name, arguments in runs.items()}
+    (out / "config.yaml").write_text(yaml.safe_dump(chosen, sort_keys=False), encoding="utf-8")
+    console.rule("Results")
+    _tell(report, out, console)
+    return report
+
+
+def _comparable(runs: list[Arguments], out: Path) -> dict[str, Arguments]:
+    """The runs by recipe, each writing under ``out``, the later ones sized like the first."""
+    names = [r.mixture.recipe for r in runs]
+    if len(set(names)) < len(names) or BASE in names:
+        raise ConfigError(f"demo: got the recipes {names}, expected distinct ones")
+    for other in runs[1:]:
+        if (other.model, other.data, other.training.seed) != (runs[0].model, runs[0].data, runs[0].training.seed):
+            raise ConfigError(
+                f"demo: {names[0]} and {other.mixture.recipe} differ in model, data or seed, so their losses cannot be "
+                "compared; give both configs the same"
+            )
+    for run in runs:
+        run.training.output_dir = os.fspath(out / run.mixture.recipe)
+    return dict(zip(names, [runs[0], *(matched(r, runs[0]) for r in runs[1:])], strict=True))
+
+
+def _domains(arguments: Arguments, data: Data) -> Any:
+    labels = {n: sum(x != IGNORED for row in rows for x in row["labels"][1:]) for n, rows in data.heldout.items()}
+    sources = arguments.data.domains
+    return data_table({n: (sources[n], data.train_records[n], len(data.heldout_records[n]), labels[n]) for n in sources})
+
+
+def _one_run(arguments: Arguments, tokenizer: Any, data: Data, out: Path, console: Console) -> dict[str, Any]:
+    """Convert, train, save, score, follow the routing, and answer: here and in a fresh process."""
+    config = recipe_config(arguments.mixture)
+    model: Any = convert(load_base(arguments.model), config, seed=arguments.training.seed)
+    count, total = model.get_nb_trainable_parameters()
+    options = ", ".join(f"{k}={v}" for k, v in arguments.mixture.options.items())
+    console.print(f"{options}: {count:,} trainable parameters of {total:,}; {len(data.train)} rows", highlight=False)
+    trained = train(model, tokenizer, data, arguments.training)
+    prompts = {name: prompt_text(records[0], tokenizer) for name, records in data.heldout_records.items()}
+    answers = answer(model, tokenizer, prompts, ANSWER_TOKENS)
+    base = model_folder(arguments.model.model_name_or_path)
+    fresh = fresh_answers(base, arguments.model.dtype, trained.folder, prompts, ANSWER_TOKENS)
+    if fresh != answers:
+        raise CheckpointError(f"{trained.folder}: reloaded, it answers {fresh}; the trained model answered {answers}")
+    console.print(f"saved to {trained.folder}; loaded into a fresh process, it gives the same answers", highlight=False)
+    return {
+        "trainable_parameters": count,
+        "options": dict(arguments.mixture.options),
+        "train_seconds": trained.seconds,
+        "steps": int(trained.log[-1]["step"]),
+        **_scores(model, tokenizer, data),
+        **_routing(model, tokenizer, data, arguments, out),
+        "answers": {name: {"prompt": prompts[name], "answer": text} for name, text in answers.items()},
+    }
+
+
+def _scores(model: PreTrainedModel, tokenizer: Any, data: Data) -> dict[str, Any]:
+    pad = tokenizer.pad_token_id or 0
+    loss = {name: heldout_loss(model, rows, pad) for name, rows in data.heldout.items()}
+    exact: dict[str, float] = {}
+    for name, records in data.heldout_records.items():
+        asked = [r for r in records if r.messages]
+        found = exact_match(model, tokenizer, asked, score_answer, ANSWER_TOKENS) if asked else {}
+        exact.update({task or name: share for task, share in found.items()})
+    return {"heldout_loss": loss, "exact_match": exact}
+
+
+def _routing(model: Any, tokenizer: Any, data: Data, arguments: Arguments, out: Path) -> dict[str, Any]:
+    """Where the held-out documents go, as a file and a picture; nothing for a recipe without a choice of experts."""
+
+    def first_row(record: Record) -> list[Any]:
+        return list(encode(record, tokenizer, arguments.data.max_length)[:1])
+
+    documents = {name: [row for r in held for row in first_row(r)] for name, held in data.heldout_records.items()}
+    rows = [row for own in documents.values() for row in own]
+    counts = count_routing(model, rows, tokenizer.pad_token_id or 0)
+    if not counts.sites:
+        return {}
+    group_N = torch.tensor([g for g, own in enumerate(documents.values()) for _ in own])
+    said = summary(counts.counts_NME, group_N, list(documents), counts.num_experts, arguments.training.seed)
+    name, found = arguments.mixture.recipe, said["specialisation"]
+    _write_json(out / f"routing_{name}.json", {"sites": counts.sites, "num_experts": counts.num_experts, **said})
+    title = (
+        f"{name}: where held-out tokens go\nnormalised mutual information of expert and domain {found['nmi']:.3f}, "
+        f"by chance {found['chance']:.3f} (p = {found['p_value']:.2g})"
+    )
+    load_heatmaps(said["load"], counts.sites, counts.num_experts, title, out / f"routing_{name}.png")
+    violation = said["max_violation_per_site"]
+    short = {k: v for k, v in found.items() if k != "nmi_per_site"}
+    return {"routing": {**short, "max_violation": sum(violation) / len(violation)}}
+
+
+def _tell(report: dict[str, Any], out: Path, console: Console) -> None:
+    runs = report["runs"]
+    console.print(result_table(runs))
+    for name, above in report["not_below_base"].items():
+        where = "in every domain" if not above else f"but not in: {', '.join(above)}"
+        console.print(f"{name}: held-out loss below the base {where}")
+    for name, run in runs.items():
+        if "routing" in run:
+            r = run["routing"]
+            console.print(
+                f"{name}: expert and domain share {r['nmi']:.3f} of their information (chance {r['chance']:.3f}, "
+                f"p = {r['p_value']:.2g}, {r['permutations']} permutations of documents)"
+            )
+    console.rule("One held-out prompt per domain, answered by the reloaded adapters")
+    trained = {name: run["answers"] for name, run in runs.items() if "answers" in run}
+    for domain, asked in next(iter(trained.values())).items():
+        console.print(f"[bold]{domain}[/] {escape(asked['prompt'].strip())}", highlight=False)
+        for name, answers in trained.items():
+            console.print(f"  [cyan]{name}:[/] {escape(answers[domain]['answer'].strip())}", highlight=False)
+    console.print(f"\n{report['seconds']:.0f} s, peak memory {report['peak_memory_gb']:.1f} GB; results in {out}:")
+    console.print("  " + "  ".join(sorted(p.name for p in out.iterdir())), highlight=False)
+
+
+def _circumstances(started: float) -> dict[str, Any]:
+    """Time, memory, machine and versions."""
+    peak_kb = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    packages = ("molora", "torch", "transformers", "accelerate", "safetensors")
+    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    return {
+        "seconds": time.perf_counter() - started,
+        "peak_memory_gb": peak_kb / 2**20,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": {"python": platform.python_version()} | {p: installed[p] for p in packages if p in installed},
+    }
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
