@@ -40,7 +40,7 @@ ROWS: tuple[Row, ...] = (
     (7, ("molora.interop", "molora.load", "molora.data")),
     (8, ("molora.training",)),
     (8, ("molora.eval",)),
-    (9, ("molora.cli", "molora")),
+    (9, ("molora.cli", "molora.demo", "molora")),
 )
 
 METHOD_NAME = re.compile("mixlora|xlora|smora|mola|llava_?mole|meteora", re.IGNORECASE)
@@ -107,9 +107,7 @@ def layer_faults(module: str, source: str, modules: set[str]) -> list[str]:
         if other is None:
             faults.append(f"{module} imports {target}, which has no layer")
         elif other != row and other[0] >= row[0]:
-            faults.append(
-                f"{module} (layer {row[0]}) imports {target} (layer {other[0]}), which is not lower"
-            )
+            faults.append(f"{module} (layer {row[0]}) imports {target} (layer {other[0]}), which is not lower")
     return faults
 
 
@@ -124,9 +122,7 @@ def method_name_faults(path: str, source: str) -> list[str]:
         if id(node) in docstrings:
             continue
         for _, value in ast.iter_fields(node):
-            texts = [
-                text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)
-            ]
+            texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
             hits = [match.group() for text in texts for match in METHOD_NAME.finditer(text)]
             faults += [f"{path}:{getattr(node, 'lineno', '?')} names {hit!r} in shared code" for hit in hits]
     return faults
