@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -14,10 +16,11 @@ from molora.errors import ConfigError
 from molora.fingerprint import fingerprint_faults
 from molora.routers import ROUTERS, BiasedRouter
 
-__all__ = ["FORMAT", "PEFT_TYPE", "AdapterConfig", "Header", "disagreements", "expected_tensors"]
+__all__ = ["FORMAT", "NAME", "PEFT_TYPE", "AdapterConfig", "Header", "checksum", "disagreements", "expected_tensors"]
 
 FORMAT = 1
 PEFT_TYPE = "MOLORA"
+NAME = "base_model_name_or_path"
 HEAD = "molora_router"  # attribute of the model that holds a model-wide router
 UNKNOWN = 0  # stands for the width of the hidden states while a head is built; no other dimension is 0
 ANY = -1  # in an expected shape: whatever the model has
@@ -30,7 +33,10 @@ Header = Mapping[str, tuple[Shape, torch.dtype]]
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig(Strict):
-    """adapter_config.json. ``r``, ``lora_alpha`` and ``target_modules`` inform; ``config`` and ``sites`` decide."""
+    """adapter_config.json. ``r``, ``lora_alpha`` and ``target_modules`` inform; ``config`` and ``sites`` decide.
+
+    ``sha256`` is that of the weights file, ``checksum`` that of all the rest (:func:`checksum`).
+    """
 
     peft_type: str
     task_type: str | None = None
@@ -44,6 +50,7 @@ class AdapterConfig(Strict):
     sites: tuple[SiteConfig, ...]
     fingerprint: dict  # type: ignore[type-arg]
     sha256: str
+    checksum: str
 
     def faults(self) -> list[str]:
         """What no single field shows: the format, paths and placements of the sites, and sizes out of all reason."""
@@ -58,6 +65,9 @@ class AdapterConfig(Strict):
                 out.append(
                     f"{s.path[:200]}: placement: got {s.placement}, expected 0 to {len(self.config.placements) - 1}"
                 )
+        wide = any(p.router.scope == "model" for p in self.config.placements)
+        if wide and sorted(s.index for s in self.sites) != list(range(len(self.sites))):
+            out.append(f"sites: index: expected each of 0 to {len(self.sites) - 1} once, for the model-wide router")
         if sum(s.num_experts for s in self.sites) > MAX_EXPERTS:
             out.append(f"sites: got more than {MAX_EXPERTS:,} experts in all")
         for p in self.config.placements:
@@ -69,16 +79,24 @@ class AdapterConfig(Strict):
         return out[:10]
 
     def text(self) -> str:
-        """JSON with sorted keys, one site a line, the sites' default values left out."""
+        """The file: sorted keys, one site a line, the sites' default values left out, with its checksum."""
         defaults = {f.name: f.default for f in fields(SiteConfig)}
-        sites = [{k: v for k, v in s.to_dict().items() if v != defaults[k]} for s in self.sites]
+        values = self.to_dict()
+        values["sites"] = [{k: v for k, v in s.items() if v != defaults[k]} for s in values["sites"]]
+        values["checksum"] = checksum(values)
         lines = []
-        for key, value in sorted(self.to_dict().items()):
+        for key, value in sorted(values.items()):
             text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False).replace("\n", "\n  ")
             if key == "sites":
-                text = "[\n    " + ",\n    ".join(json.dumps(s, sort_keys=True) for s in sites) + "\n  ]"
+                text = "[\n    " + ",\n    ".join(json.dumps(s, sort_keys=True) for s in value) + "\n  ]"
             lines.append(f"  {json.dumps(key)}: {text}")
         return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def checksum(values: Mapping[str, Any]) -> str:
+    """sha256 of the entries as they stand in the file, but for itself and the base's name, which users may edit."""
+    covered = {k: v for k, v in values.items() if k not in ("checksum", NAME)}
+    return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
 
 
 def expected_tensors(config: MoloraConfig, sites: Sequence[SiteConfig]) -> dict[str, Shape]:

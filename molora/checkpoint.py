@@ -17,7 +17,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from molora.adapter_config import FORMAT, PEFT_TYPE, AdapterConfig, Header, disagreements, expected_tensors
+from molora.adapter_config import (
+    FORMAT,
+    NAME,
+    PEFT_TYPE,
+    AdapterConfig,
+    Header,
+    checksum,
+    disagreements,
+    expected_tensors,
+)
 from molora.config import MoloraConfig, SiteConfig
 from molora.errors import AdapterError, CheckpointError, ConfigError
 from molora.fingerprint import fingerprint
@@ -36,7 +45,6 @@ __all__ = [
 ]
 
 PREFIX = "base_model.model."  # PEFT's, before every parameter name
-NAME = "base_model_name_or_path"
 MAX_KEYS = 64  # entries of one object in a config; ours have up to 20
 ATTEMPTS = 100  # at reading a folder that is being saved into all the time
 
@@ -56,11 +64,6 @@ class Adapter:
     tensors: Header
     sha256: str
     file: TensorFile = field(repr=False, compare=False)
-
-    @property
-    def base_model_name(self) -> str | None:
-        """Where the base was loaded from when the adapter was made: a name on a hub or a path."""
-        return self.fingerprint[NAME]  # type: ignore[no-any-return]
 
 
 def write_adapter(
@@ -94,6 +97,7 @@ def write_adapter(
         sites=tuple(sites),
         fingerprint=base,
         sha256="",
+        checksum="",
     )
     header = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     faults = disagreements(config, expected_tensors(config, sites), header)
@@ -214,9 +218,15 @@ def _document(path: Path) -> tuple[AdapterConfig, dict[str, tuple[int, ...]]]:
         raise AdapterError(f"{path}: got format {number}, this molora reads up to {FORMAT}; upgrade molora")
     try:
         document = AdapterConfig.from_dict(raw)
-        return document, expected_tensors(document.config, document.sites)
+        expected = expected_tensors(document.config, document.sites)
     except ConfigError as e:
         raise AdapterError(f"{path}: {str(e)[:2000]}") from e
+    if document.checksum != checksum(raw):
+        raise AdapterError(
+            f"{path}: its checksum does not fit its text: it was damaged or edited (only {NAME} may be). "
+            "Fetch or save the adapter again"
+        )
+    return document, expected
 
 
 def _what_it_is(folder: Path) -> str:

@@ -26,7 +26,7 @@ __all__ = ["CARD", "CONFIG", "CONFIG_LIMIT", "NEXT", "WEIGHTS", "save_folder", "
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 NEXT = ".adapter_config.next.json"
-CONFIG_LIMIT = 4 << 20  # bytes; a site takes about 230, so this holds 18,000 adapted modules
+CONFIG_LIMIT = 2 << 20  # bytes; a site takes about 230, so 9,000 adapted modules; hostile JSON of this size costs 50 MB
 HEADER_LIMIT = 16 << 20  # bytes, for files that we wrote ourselves
 TEMPORARY = ".molora-{}.tmp"
 FOREIGN = (

@@ -20,7 +20,7 @@ from molora.staged import CONFIG, CONFIG_LIMIT, WEIGHTS, save_folder
 from molora.strict_json import read_object
 from molora.tensor_file import TensorFile
 
-__all__ = ["LoraAdapter", "align", "is_peft_lora", "read_peft_lora", "write_peft_lora"]
+__all__ = ["LoraAdapter", "align", "read_peft_lora", "write_peft_lora"]
 
 PEFT_TYPE = "LORA"
 PREFIX = "base_model.model."
@@ -60,14 +60,6 @@ class LoraAdapter:
     folder: str
     modules: dict[str, Module]
     base_model_name: str | None
-
-
-def is_peft_lora(folder: str | os.PathLike[str]) -> bool:
-    """Whether ``folder`` holds a config that calls itself a PEFT LoRA; nothing else of it is looked at."""
-    try:
-        return read_object(Path(folder) / CONFIG, CONFIG_LIMIT).get("peft_type") == PEFT_TYPE
-    except (OSError, AdapterError):
-        return False
 
 
 def read_peft_lora(folder: str | os.PathLike[str], *, allow_pickle: bool = False) -> LoraAdapter:
