@@ -29,7 +29,7 @@ class FFNUp(MixtureLinear):
         """Base product once per token, plus each slot's own expert."""
         if context.is_off(self.owner):
             return cast(Tensor, self.base_layer(x))
-        base = self.base_layer(x)
+        base = self.base(x)
         x_TD = x.reshape(-1, x.shape[-1])
         routing = self.route(x_TD)
         slots_TKE = routing.slots()
@@ -52,7 +52,7 @@ class FFNDown(MixtureLinear):
         routing = self._of_block(h_TKF.shape[0])
         weights_TK = routing.weights.to(h.dtype)
         mixed_TF = (h_TKF * weights_TK.unsqueeze(-1)).sum(1)
-        y = self.base_layer(mixed_TF.view(*h.shape[:-2], h.shape[-1]))
+        y = self.base(mixed_TF.view(*h.shape[:-2], h.shape[-1]))
         y_TD = y.reshape(-1, y.shape[-1])
         if self.bias is not None and self.placement.gate.renormalize != "one":
             y_TD = y_TD + (weights_TK.sum(1, keepdim=True) - 1) * self.bias

@@ -11,11 +11,13 @@ from molora import context
 from molora.bank import ExpertBank
 from molora.config import Placement, SiteConfig
 from molora.context import Frame, Observation
-from molora.errors import MoloraError
+from molora.errors import ConfigError, MoloraError
 from molora.kernels.dispatch import rank_mix
 from molora.routers import BALANCES, BiasedRouter
 from molora.routers.balance import Seen
 from molora.routing import ROUTER_DTYPE, Routing, gate
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 __all__ = ["MixtureLinear", "Owner", "RoutedModule", "SavedModule"]
 
@@ -117,9 +119,16 @@ class RoutedModule(nn.Module):
 
 def _task_BS(frame: Frame, valid_BS: Tensor) -> Tensor | None:
     task = frame.task_ids
-    if task is None or task.ndim == 2:
-        return task
-    return task.unsqueeze(1).expand_as(valid_BS)
+    if task is None:
+        return None
+    if task.ndim == 1:
+        task = task.unsqueeze(1).expand(-1, valid_BS.shape[1])
+    if task.shape != valid_BS.shape:
+        raise ConfigError(
+            f"task_ids: got shape {tuple(task.shape)} for a stream of {tuple(valid_BS.shape)} tokens, expected one id a "
+            "row, or one a token of every stream with a router"
+        )
+    return task
 
 
 class MixtureLinear(RoutedModule):
@@ -169,6 +178,21 @@ class MixtureLinear(RoutedModule):
             f"experts={self.site.num_experts}, total_rank={sum(ranks)}, top_k={self.site.top_k}, role={self.site.role}"
         )
 
+    def base(self, x: Tensor) -> Any:
+        """The frozen linear's own output.
+
+        Raises:
+            ConfigError: for an input of another float dtype than the weight's, without autocast.
+        """
+        weight = getattr(self.base_layer, "weight", None)
+        if isinstance(weight, Tensor) and weight.dtype != x.dtype and weight.dtype in FLOATS:
+            if not torch.is_autocast_enabled(x.device.type):
+                raise ConfigError(
+                    f"{self.site.path}: got an input of {x.dtype} on weights of {weight.dtype}, expected one dtype; cast "
+                    f"the model's inputs to {weight.dtype}, load the model in {x.dtype}, or run under torch.autocast"
+                )
+        return self.base_layer(x)
+
     def dropped(self, x_TI: Tensor) -> Tensor:
         """The experts' input: one dropout mask for all of them, in train mode only."""
         p = self.placement.lora_dropout
@@ -196,7 +220,7 @@ class MixtureLinear(RoutedModule):
         if context.is_off(self.owner):
             return cast(Tensor, self.base_layer(x))
         frame = context.current()
-        base = self.base_layer(x)
+        base = self.base(x)
         if self.placement.router.scope == "model" and frame is not None and frame.pass_value == 0.0:
             return cast(Tensor, base)
         x_TI = x.reshape(-1, x.shape[-1])

