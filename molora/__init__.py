@@ -6,15 +6,14 @@ model = convert(model, "mixlora", r=8, lora_alpha=16, num_experts=8, top_k=2)
 
 from __future__ import annotations
 
-try:
-    from molora.kernels import dispatch as _dispatch  # noqa: F401
-except ModuleNotFoundError as e:
-    if not (e.name or "").startswith("molora.kernels"):
-        raise
-    raise ImportError(
-        "molora/kernels is not a link to ../kernels: this checkout lost its symbolic links. "
-        "On Windows run `git clone -c core.symlinks=true`, or install the wheel, which needs none."
-    ) from e
+from pathlib import Path as _Path
+
+for _name in ("kernels", "routers", "training", "eval"):
+    if not (_Path(__file__).parent / _name).is_dir():
+        raise ImportError(
+            f"molora/{_name} is not a link to ../{_name}: this checkout lost its symbolic links. Clone again with "
+            "`git clone -c core.symlinks=true` (on Windows), or install the wheel, which needs none."
+        )
 
 from molora import errors, recipes
 from molora.config import MoloraConfig

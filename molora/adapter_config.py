@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from molora.config import MoloraConfig, PerLayer, Placement, SiteConfig, Strict
+from molora.config import MoloraConfig, Placement
 from molora.errors import ConfigError
 from molora.fingerprint import fingerprint_faults
 from molora.routers import ROUTERS, BiasedRouter
+from molora.site import SiteConfig
+from molora.strict import PerLayer, Strict
 
 __all__ = ["FORMAT", "NAME", "PEFT_TYPE", "AdapterConfig", "Header", "checksum", "disagreements", "expected_tensors"]
 
@@ -22,7 +24,7 @@ FORMAT = 1
 PEFT_TYPE = "MOLORA"
 NAME = "base_model_name_or_path"
 HEAD = "molora_router"  # attribute of the model that holds a model-wide router
-UNKNOWN = 0  # stands for the width of the hidden states while a head is built; no other dimension is 0
+UNKNOWN = 999_999_937  # stands for the width of the hidden states while a head is built; nothing else has this width
 ANY = -1  # in an expected shape: whatever the model has
 MAX_EXPERTS = 1 << 24  # over all sites; ranks and scales are spelled out per expert when a bank is built
 MAX_DEPTH = 64  # linears in a model-wide router

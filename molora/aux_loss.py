@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import defaultdict
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +81,7 @@ def add_aux_loss(model: nn.Module, mixture: Mixture, outputs: Any, frame: Frame,
         values["loss"] = base_loss + _like(total, base_loss)
     if aux is not None:
         values["aux_loss"] = aux
-    return with_aux_field(type(outputs))(**values)
+    return with_aux_field(cast(Hashable, type(outputs)))(**values)
 
 
 def _like(total: Tensor | float, loss: Tensor) -> Tensor | float:
@@ -99,4 +100,5 @@ def with_aux_field(base: Any) -> type[Any]:
         "__annotations__": {"aux_loss": Tensor | None},
         "aux_loss": None,
     }
-    return dataclasses.dataclass(type(base.__name__, (base,), space))
+    made: type[Any] = dataclasses.dataclass(type(base.__name__, (base,), space))
+    return made

@@ -12,9 +12,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from molora.config import SiteConfig
 from molora.errors import AdapterError
 from molora.kernels.reference import Layout
+from molora.site import SiteConfig
 
 __all__ = ["ExpertBank"]
 

@@ -27,9 +27,10 @@ from molora.adapter_config import (
     disagreements,
     expected_tensors,
 )
-from molora.config import MoloraConfig, SiteConfig
+from molora.config import MoloraConfig
 from molora.errors import AdapterError, CheckpointError, ConfigError
 from molora.fingerprint import fingerprint
+from molora.site import SiteConfig
 from molora.staged import CONFIG, CONFIG_LIMIT, NEXT, WEIGHTS, save_folder, signature
 from molora.strict_json import read_object
 from molora.tensor_file import TensorFile

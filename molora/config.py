@@ -1,16 +1,10 @@
-"""What a mixture is, as frozen data: JSON round trip, strict, every fault of a config named at once."""
+"""What a mixture is, as frozen data."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import types
-import typing
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
-from molora.errors import ConfigError, nearest
+from molora.strict import PerLayer, Strict, at_least, choice
 
 __all__ = [
     "BalanceConfig",
@@ -19,12 +13,8 @@ __all__ = [
     "PerLayer",
     "Placement",
     "RouterConfig",
-    "SiteConfig",
     "per_layer",
 ]
-
-PerLayer = int | tuple[int, ...]
-T = TypeVar("T", bound="Strict")
 
 
 def per_layer(value: PerLayer, index: int | None, num_layers: int) -> int:
@@ -32,114 +22,6 @@ def per_layer(value: PerLayer, index: int | None, num_layers: int) -> int:
     if isinstance(value, int):
         return value
     return value[-1] if index is None else value[index * len(value) // num_layers]
-
-
-def _matches(value: object, hint: Any) -> bool:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_matches(value, a) for a in args)
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        if args[-1] is Ellipsis:
-            return all(_matches(v, args[0]) for v in value)
-        return len(value) == len(args) and all(_matches(v, a) for v, a in zip(value, args, strict=True))
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return value is None if hint is type(None) else isinstance(value, hint)
-
-
-def _name(hint: Any) -> str:
-    return getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint)  # type: ignore[return-value]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Strict:
-    """Base of the config classes: checked on construction, exact to and from plain JSON values."""
-
-    def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        faults = [
-            f"{f.name}: got {getattr(self, f.name)!r}, expected {_name(hints[f.name])}"
-            for f in dataclasses.fields(self)
-            if not _matches(getattr(self, f.name), hints[f.name])
-        ]
-        faults = faults or self.faults()
-        if faults:
-            raise ConfigError(f"{type(self).__name__} is not valid:\n- " + "\n- ".join(faults))
-
-    def faults(self) -> list[str]:
-        """Every rule that the (well-typed) values break, in words; an empty list when all is well."""
-        return []
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values (dicts, lists, numbers, strings, booleans, None), in field order."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-
-    @classmethod
-    def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
-        """Rebuild from :meth:`to_dict`'s values.
-
-        Raises:
-            ConfigError: naming every unknown, missing, ill-typed or out-of-range entry at once.
-        """
-        if not isinstance(data, Mapping):
-            raise ConfigError(f"{cls.__name__}: got {type(data).__name__}, expected an object with named entries")
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        hints = typing.get_type_hints(cls)
-        faults = [f"unknown entry {k!r}{nearest(str(k), known)}" for k in data if k not in known]
-        values: dict[str, Any] = {}
-        for name, f in known.items():
-            if name not in data:
-                if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-                    faults.append(f"{name}: missing")
-                continue
-            try:
-                values[name] = _rich(data[name], hints[name])
-            except ConfigError as e:
-                faults.append(f"{name}: {e}")
-        if not faults:
-            return cls(**values)
-        raise ConfigError(f"{cls.__name__} is not valid:\n- " + "\n- ".join(faults))
-
-    def replace(self: T, **changes: Any) -> T:
-        """A copy with some fields changed, checked again."""
-        return dataclasses.replace(self, **changes)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Strict):
-        return value.to_dict()
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
-
-
-def _rich(value: Any, hint: Any) -> Any:
-    """JSON values to the field's own: lists to tuples, objects to nested configs."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        tuples = [a for a in args if typing.get_origin(a) is tuple]
-        return _rich(value, tuples[0]) if isinstance(value, list) and tuples else value
-    if origin is tuple and isinstance(value, list):
-        inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return tuple(_rich(v, h) for v, h in zip(value, inner, strict=False))
-    if isinstance(hint, type) and issubclass(hint, Strict):
-        return hint.from_dict(value)
-    return value
-
-
-def _choice(name: str, value: str, allowed: Sequence[str]) -> list[str]:
-    return [] if value in allowed else [f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}"]
-
-
-def _at_least(name: str, value: PerLayer | float | None, low: float) -> list[str]:
-    if value is None:
-        return []
-    values = value if isinstance(value, tuple) else (value,)
-    if values and all(v >= low for v in values):
-        return []
-    return [f"{name}: got {value!r}, expected {'values' if isinstance(value, tuple) else 'a value'} of at least {low}"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,11 +47,11 @@ class GateConfig(Strict):
 
     def faults(self) -> list[str]:
         """Values out of range and options that contradict each other."""
-        out = _choice("activation", self.activation, ("softmax", "sigmoid", "identity"))
-        out += _choice("renormalize", self.renormalize, ("none", "one", "top_k", "softmax"))
-        out += _choice("hard_weight", self.hard_weight, ("prob", "one", "ste"))
-        out += _at_least("top_k", self.top_k, 1) + _at_least("partition", self.partition, 1)
-        out += _at_least("capacity", self.capacity, 1)
+        out = choice("activation", self.activation, ("softmax", "sigmoid", "identity"))
+        out += choice("renormalize", self.renormalize, ("none", "one", "top_k", "softmax"))
+        out += choice("hard_weight", self.hard_weight, ("prob", "one", "ste"))
+        out += at_least("top_k", self.top_k, 1) + at_least("partition", self.partition, 1)
+        out += at_least("capacity", self.capacity, 1)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             out.append(f"top_p: got {self.top_p}, expected a share in (0, 1]")
         if self.top_p is not None and self.top_k is not None:
@@ -211,11 +93,9 @@ class RouterConfig(Strict):
 
     def faults(self) -> list[str]:
         """Values out of range and options that contradict each other."""
-        out = _choice("scope", self.scope, ("module", "block", "model"))
+        out = choice("scope", self.scope, ("module", "block", "model"))
         out += (
-            _at_least("depth", self.depth, 1)
-            + _at_least("size", self.size, 1)
-            + _at_least("init_std", self.init_std, 0)
+            at_least("depth", self.depth, 1) + at_least("size", self.size, 1) + at_least("init_std", self.init_std, 0)
         )
         if not 0 <= self.dropout < 1:
             out.append(f"dropout: got {self.dropout}, expected a value in [0, 1)")
@@ -245,13 +125,11 @@ class BalanceConfig(Strict):
 
     def faults(self) -> list[str]:
         """Values out of range and options that contradict each other."""
-        out = _choice("scope", self.scope, ("sequence", "batch"))
-        out += _choice("pooling", self.pooling, ("router", "layer", "model"))
-        out += _choice("count", self.count, ("argmax", "picks", "slots"))
-        out += _choice("factor", self.factor, ("experts", "one")) + _choice(
-            "reduction", self.reduction, ("mean", "sum")
-        )
-        return out + _at_least("coef", self.coef, 0) + _at_least("rate", self.rate, 0)
+        out = choice("scope", self.scope, ("sequence", "batch"))
+        out += choice("pooling", self.pooling, ("router", "layer", "model"))
+        out += choice("count", self.count, ("argmax", "picks", "slots"))
+        out += choice("factor", self.factor, ("experts", "one")) + choice("reduction", self.reduction, ("mean", "sum"))
+        return out + at_least("coef", self.coef, 0) + at_least("rate", self.rate, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,10 +161,10 @@ class Placement(Strict):
 
     def faults(self) -> list[str]:
         """Values out of range and options that contradict each other."""
-        out = _choice("unit", self.unit, ("linear", "ffn")) + _choice("select", self.select, ("all", "ffn", "rest"))
-        out += _choice("scale_by", self.scale_by, ("r", "sqrt_r", "top_k"))
-        out += _choice("init_lora_weights", self.init_lora_weights, ("kaiming", "gaussian", "random"))
-        out += _at_least("num_experts", self.num_experts, 1) + _at_least("r", self.r, 1)
+        out = choice("unit", self.unit, ("linear", "ffn")) + choice("select", self.select, ("all", "ffn", "rest"))
+        out += choice("scale_by", self.scale_by, ("r", "sqrt_r", "top_k"))
+        out += choice("init_lora_weights", self.init_lora_weights, ("kaiming", "gaussian", "random"))
+        out += at_least("num_experts", self.num_experts, 1) + at_least("r", self.r, 1)
         if self.lora_alpha <= 0:
             out.append(f"lora_alpha: got {self.lora_alpha}, expected a value above 0")
         if not 0 <= self.lora_dropout < 1:
@@ -352,52 +230,4 @@ class MoloraConfig(Strict):
                 out.append(f"top_k: got {max(ks)} with {len(names)} adapters, expected at most their number")
         if sum(p.router.scope == "model" for p in self.placements) > 1:
             out.append("placements: got more than one model-wide router, expected at most one")
-        return out + _at_least("init_noise", self.init_noise, 0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SiteConfig(Strict):
-    """One adapted module, resolved: everything needed to build it again without looking at names or patterns.
-
-    ``role``: ``linear``; ``up`` / ``down`` of an ffn unit; ``rows``, a feed-forward module run once per chosen expert.
-    ``block``: path that names the shared router's block, ``lead`` the site that owns it. ``layer``: -1 without an
-    index. ``mask``: the forward argument that marks this stream's real tokens, empty for none. ``index``: position
-    among the sites of a model-wide router. ``ranks`` and ``scales``: one value for all experts, or one each.
-    """
-
-    path: str
-    placement: int
-    role: str = "linear"
-    block: str = ""
-    lead: bool = True
-    layer: int = -1
-    mask: str = ""
-    index: int = 0
-    in_features: int
-    out_features: int
-    num_experts: int
-    ranks: tuple[int, ...]
-    scales: tuple[float, ...]
-    top_k: int | None = None
-
-    def faults(self) -> list[str]:
-        """Values out of range and options that contradict each other."""
-        out = _choice("role", self.role, ("linear", "up", "down", "rows"))
-        for name in ("in_features", "out_features", "num_experts"):
-            out += _at_least(name, getattr(self, name), 1)
-        for name, values in (("ranks", self.ranks), ("scales", self.scales)):
-            if len(values) not in (0, 1, self.num_experts):
-                out.append(f"{name}: got {len(values)} values for {self.num_experts} experts, expected 1 or one each")
-        if any(r < 0 or r > 2**20 for r in self.ranks):
-            out.append(f"ranks: got {self.ranks}, expected values from 0 to {2**20}")
-        if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
-            out.append(f"top_k: got {self.top_k} with {self.num_experts} experts")
-        return out
-
-    def expert_ranks(self) -> tuple[int, ...]:
-        """The rank of each expert; empty for a site without a bank of its own."""
-        return self.ranks * self.num_experts if len(self.ranks) == 1 else self.ranks
-
-    def expert_scales(self) -> tuple[float, ...]:
-        """The factor of each expert."""
-        return self.scales * self.num_experts if len(self.scales) == 1 else self.scales
+        return out + at_least("init_noise", self.init_noise, 0)

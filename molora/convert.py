@@ -15,7 +15,8 @@ from molora.interop.peft_lora import LoraAdapter, align, read_peft_lora
 from molora.layers import MixtureLinear
 from molora.model import MixtureModel, adopt
 from molora.recipes import RECIPES
-from molora.targets import candidates, resolve
+from molora.resolve import resolve
+from molora.targets import candidates
 
 __all__ = ["convert"]
 

@@ -91,7 +91,9 @@ def _comparable(runs: list[Arguments], out: Path) -> dict[str, Arguments]:
 def _domains(arguments: Arguments, data: Data) -> Any:
     labels = {n: sum(x != IGNORED for row in rows for x in row["labels"][1:]) for n, rows in data.heldout.items()}
     sources = arguments.data.domains
-    return data_table({n: (sources[n], data.train_records[n], len(data.heldout_records[n]), labels[n]) for n in sources})
+    return data_table(
+        {n: (sources[n], data.train_records[n], len(data.heldout_records[n]), labels[n]) for n in sources}
+    )
 
 
 def _one_run(arguments: Arguments, tokenizer: Any, data: Data, out: Path, console: Console) -> dict[str, Any]:
@@ -184,7 +186,9 @@ def _circumstances(started: float) -> dict[str, Any]:
     # The fresh processes run beside this one: the sum of both peaks bounds what the machine needs.
     peak_kb = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     packages = ("molora", "torch", "transformers", "accelerate", "safetensors")
-    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    installed = {
+        d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]
+    }
     return {
         "seconds": time.perf_counter() - started,
         "peak_memory_gb": peak_kb / 2**20,

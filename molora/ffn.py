@@ -14,10 +14,11 @@ from typing import cast
 from torch import Tensor, nn
 
 from molora import context
-from molora.config import Placement, SiteConfig
+from molora.config import Placement
 from molora.kernels.reference import contract_slots, expand_slots
 from molora.layers import MixtureLinear, Owner, RoutedModule
 from molora.routing import Routing
+from molora.site import SiteConfig
 
 __all__ = ["FFNDown", "FFNRows", "FFNUp"]
 
@@ -34,7 +35,7 @@ class FFNUp(MixtureLinear):
         routing = self.route(x_TD)
         slots_TKE = routing.slots()
         if self.bank is None:
-            return cast(Tensor, base.unsqueeze(-2).expand(*base.shape[:-1], slots_TKE.shape[1], -1))
+            return base.unsqueeze(-2).expand(*base.shape[:-1], slots_TKE.shape[1], -1)
         A_RD, B_FR = self.packed(x.dtype)
         base_TF = base.reshape(-1, base.shape[-1])
         y_TKF = expand_slots(base_TF, self.dropped(x_TD), A_RD, B_FR, slots_TKE, self.bank.layout)

@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from molora.bank import ExpertBank
-from molora.config import MoloraConfig, Placement, SiteConfig
+from molora.config import MoloraConfig, Placement
 from molora.errors import ConfigError, TargetError, nearest
 from molora.ffn import FFNDown, FFNRows, FFNUp
 from molora.kernels.dispatch import choose
 from molora.layers import MixtureLinear, Owner, RoutedModule, SavedModule
 from molora.routers import BALANCES, ROUTERS, BiasedRouter, HiddenRouter
+from molora.site import SiteConfig
 
 __all__ = ["HEAD", "Built", "Mixture", "build", "check_tables", "install", "sites_of", "uninstall"]
 
@@ -59,7 +60,7 @@ def check_tables(config: MoloraConfig) -> None:
         tables: list[tuple[str, Mapping[str, object]]] = [(p.router.kind, ROUTERS)]
         for name, table in [*tables, *((b.kind, BALANCES) for b in p.balance)]:
             if name not in table:
-                raise ConfigError(f"got {name!r}, expected one of {', '.join(table)}{nearest(name, table)}")  # type: ignore[arg-type]
+                raise ConfigError(f"got {name!r}, expected one of {', '.join(table)}{nearest(name, table)}")
 
 
 def generator(seed: int, *names: str) -> torch.Generator:

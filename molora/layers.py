@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from molora import context
 from molora.bank import ExpertBank
-from molora.config import Placement, SiteConfig
+from molora.config import Placement
 from molora.context import Frame, Observation
 from molora.errors import ConfigError, MoloraError
 from molora.kernels.dispatch import rank_mix
 from molora.routers import BALANCES, BiasedRouter
 from molora.routers.balance import Seen
 from molora.routing import ROUTER_DTYPE, Routing, gate
+from molora.site import SiteConfig
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -125,8 +126,8 @@ def _task_BS(frame: Frame, valid_BS: Tensor) -> Tensor | None:
         task = task.unsqueeze(1).expand(-1, valid_BS.shape[1])
     if task.shape != valid_BS.shape:
         raise ConfigError(
-            f"task_ids: got shape {tuple(task.shape)} for a stream of {tuple(valid_BS.shape)} tokens, expected one id a "
-            "row, or one a token of every stream with a router"
+            f"task_ids: got shape {tuple(task.shape)} for a stream of {tuple(valid_BS.shape)} tokens, expected one id "
+            "a row, or one a token of every stream with a router"
         )
     return task
 
@@ -185,12 +186,12 @@ class MixtureLinear(RoutedModule):
             ConfigError: for an input of another float dtype than the weight's, without autocast.
         """
         weight = getattr(self.base_layer, "weight", None)
-        if isinstance(weight, Tensor) and weight.dtype != x.dtype and weight.dtype in FLOATS:
-            if not torch.is_autocast_enabled(x.device.type):
-                raise ConfigError(
-                    f"{self.site.path}: got an input of {x.dtype} on weights of {weight.dtype}, expected one dtype; cast "
-                    f"the model's inputs to {weight.dtype}, load the model in {x.dtype}, or run under torch.autocast"
-                )
+        dtype = weight.dtype if isinstance(weight, Tensor) else None
+        if dtype in FLOATS and dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ConfigError(
+                f"{self.site.path}: got an input of {x.dtype} on weights of {dtype}, expected one dtype; cast "
+                f"the inputs to {dtype}, load the model in {x.dtype}, or run under torch.autocast"
+            )
         return self.base_layer(x)
 
     def dropped(self, x_TI: Tensor) -> Tensor:

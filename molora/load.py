@@ -17,7 +17,7 @@ from molora.install import HEAD, Built, build, install
 from molora.layers import SavedModule
 from molora.model import MixtureModel, adopt
 from molora.strict_json import read_object
-from molora.structure import linear_shape
+from molora.trace import linear_shape
 
 __all__ = ["from_pretrained", "load"]
 

@@ -6,26 +6,26 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from molora import context
+from molora.adapter_state import merge_expert, saved_tensors
 from molora.aux_loss import add_aux_loss
 from molora.checkpoint import fingerprint, write_adapter
 from molora.checkpointing import bind, rebind, unbind
-from molora.errors import AdapterError, ConfigError, nearest
+from molora.errors import ConfigError, nearest
 from molora.frames import arguments_of, open_frame
 from molora.install import HEAD, Mixture, sites_of, uninstall
 from molora.interop.peft_lora import write_peft_lora
-from molora.layers import MixtureLinear, SavedModule
+from molora.layers import MixtureLinear
 from molora.model_card import model_card
-from molora.routers import BiasedRouter
 from molora.scaling_pass import join_new_caches, paired_cache, scaling_pass
 
-__all__ = ["MixtureModel", "adopt", "mixture_class", "saved_tensors"]
+__all__ = ["MixtureModel", "adopt", "mixture_class"]
 
 
 class MixtureModel:
@@ -98,11 +98,11 @@ class MixtureModel:
         sites = [m for _, m in sites_of(model).values()]
         if not all(isinstance(m, MixtureLinear) and m.always_on and m.site.num_experts == 1 for m in sites):
             raise ConfigError(
-                f"merge_and_unload: recipe {self._molora.config.recipe!r} mixes experts by the token: no fixed weight gives "
+                f"merge_and_unload: recipe {self._molora.config.recipe!r} mixes experts by the token: no weight gives "
                 "the same outputs; keep the mixture, or use export_expert(...) to take one expert out as a plain LoRA"
             )
         for m in cast(list[MixtureLinear], sites):
-            _merge(m)
+            merge_expert(m)
         return self.unload()
 
     def export_expert(self, expert: str | int, save_directory: str | os.PathLike[str]) -> None:
@@ -146,50 +146,8 @@ class MixtureModel:
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
-    cls = mixture_class(base)
+    cls = mixture_class(cast(Hashable, base))
     return cls.__new__(cls)
-
-
-def _merge(m: MixtureLinear) -> None:
-    weight, bank = getattr(m.base_layer, "weight", None), m.bank
-    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or bank is None:
-        raise AdapterError(
-            f"{m.site.path}: cannot merge into a {type(m.base_layer).__name__}; only plain float linears"
-        )
-    A, B, scale = bank.expert(0)
-    delta_OI = scale * (B.float() @ A.float())
-    if not bool(torch.isfinite(delta_OI).all()):
-        raise AdapterError(f"{m.site.path}: the expert holds NaN or infinite values; nothing was merged here")
-    with torch.no_grad():
-        weight += (delta_OI if weight.shape == delta_OI.shape and not hasattr(m.base_layer, "nx") else delta_OI.t()).to(
-            weight.dtype
-        )
-
-
-def saved_tensors(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """What an adapter folder holds, by canonical name: banks, routers with their biases, the head, trained copies."""
-    state = model.state_dict() if state_dict is None else state_dict
-    out: dict[str, Tensor] = {}
-    places = [(now, path) for now, (path, _) in sites_of(model).items()]
-    places += [(now, now) for now, m in model.named_modules() if isinstance(m, SavedModule)]
-    parts = ("bank", "router", "trained")
-    wanted = [(f"{now}.{part}.", f"{path}.{part}.") for now, path in places for part in parts]
-    wanted.append((f"{HEAD}.", f"{HEAD}."))
-    prefixes = dict(wanted)
-    for key, tensor in state.items():
-        for now in _prefixes(key):
-            if now in prefixes:
-                out[prefixes[now] + key[len(now) :]] = tensor
-                break
-    return out
-
-
-def _prefixes(key: str) -> Iterator[str]:
-    """Every leading part of a dotted key that ends in a dot, longest first."""
-    end = key.rfind(".")
-    while end > 0:
-        yield key[: end + 1]
-        end = key.rfind(".", 0, end)
 
 
 @functools.cache
@@ -261,15 +219,10 @@ def adopt(model: nn.Module, mixture: Mixture) -> nn.Module:
     model._molora = mixture  # type: ignore[assignment]
     try:
         rebind(model)
-        model.__class__ = mixture_class(mixture.base_class)
+        model.__class__ = mixture_class(cast(Hashable, mixture.base_class))
     except BaseException:
         unbind(model)
         uninstall(model, mixture)
         del model._molora
         raise
     return model
-
-
-def biased_routers(model: nn.Module) -> list[BiasedRouter]:
-    """Routers that carry a loss-free bias."""
-    return [m for m in model.modules() if isinstance(m, BiasedRouter) and m.select_bias is not None]

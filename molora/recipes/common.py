@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from molora.config import BalanceConfig, MoloraConfig, PerLayer, Placement
+from molora.config import BalanceConfig, MoloraConfig, Placement
 from molora.errors import ConfigError, nearest
+from molora.strict import PerLayer
 
 __all__ = ["Common", "recipe"]
 

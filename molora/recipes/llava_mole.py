@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from molora.config import GateConfig, MoloraConfig, PerLayer, RouterConfig
+from molora.config import GateConfig, MoloraConfig, RouterConfig
 from molora.recipes.common import Common, recipe
+from molora.strict import PerLayer
 
 __all__ = ["llava_mole"]
 

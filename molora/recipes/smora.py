@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from molora.config import BalanceConfig, GateConfig, MoloraConfig, PerLayer, RouterConfig
+from molora.config import BalanceConfig, GateConfig, MoloraConfig, RouterConfig
 from molora.errors import ConfigError
 from molora.recipes.common import Common, recipe
+from molora.strict import PerLayer
 
 __all__ = ["smora"]
 

@@ -1,0 +1,60 @@
+"""The tensors that make up an adapter, under names that do not depend on how the model is wrapped; and merging one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from molora.errors import AdapterError
+from molora.install import HEAD, sites_of
+from molora.layers import MixtureLinear, SavedModule
+
+__all__ = ["merge_expert", "saved_tensors"]
+
+
+def merge_expert(m: MixtureLinear) -> None:
+    """Add the site's only expert into its base weight, in float32.
+
+    Raises:
+        AdapterError: for a base that is no plain float linear, or an expert with NaN or infinite values.
+    """
+    weight, bank = getattr(m.base_layer, "weight", None), m.bank
+    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or bank is None:
+        raise AdapterError(
+            f"{m.site.path}: cannot merge into a {type(m.base_layer).__name__}; only plain float linears"
+        )
+    A, B, scale = bank.expert(0)
+    delta_OI = scale * (B.float() @ A.float())
+    if not bool(torch.isfinite(delta_OI).all()):
+        raise AdapterError(f"{m.site.path}: the expert holds NaN or infinite values; nothing was merged here")
+    transposed = weight.shape != delta_OI.shape or hasattr(m.base_layer, "nx")
+    with torch.no_grad():
+        weight.add_((delta_OI.t() if transposed else delta_OI).to(weight.dtype))
+
+
+def saved_tensors(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What an adapter folder holds, by canonical name: banks, routers with their biases, the head, trained copies."""
+    state = model.state_dict() if state_dict is None else state_dict
+    out: dict[str, Tensor] = {}
+    places = [(now, path) for now, (path, _) in sites_of(model).items()]
+    places += [(now, now) for now, m in model.named_modules() if isinstance(m, SavedModule)]
+    parts = ("bank", "router", "trained")
+    wanted = [(f"{now}.{part}.", f"{path}.{part}.") for now, path in places for part in parts]
+    wanted.append((f"{HEAD}.", f"{HEAD}."))
+    prefixes = dict(wanted)
+    for key, tensor in state.items():
+        for now in _prefixes(key):
+            if now in prefixes:
+                out[prefixes[now] + key[len(now) :]] = tensor
+                break
+    return out
+
+
+def _prefixes(key: str) -> Iterator[str]:
+    """Every leading part of a dotted key that ends in a dot, longest first."""
+    end = key.rfind(".")
+    while end > 0:
+        yield key[: end + 1]
+        end = key.rfind(".", 0, end)

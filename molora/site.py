@@ -1,0 +1,57 @@
+"""A resolved site: what one adapted module is, without names or patterns left to match."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from molora.strict import Strict, at_least, choice
+
+__all__ = ["SiteConfig"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteConfig(Strict):
+    """One adapted module, resolved: everything needed to build it again without looking at names or patterns.
+
+    ``role``: ``linear``; ``up`` / ``down`` of an ffn unit; ``rows``, a feed-forward module run once per chosen expert.
+    ``block``: path that names the shared router's block, ``lead`` the site that owns it. ``layer``: -1 without an
+    index. ``mask``: the forward argument that marks this stream's real tokens, empty for none. ``index``: position
+    among the sites of a model-wide router. ``ranks`` and ``scales``: one value for all experts, or one each.
+    """
+
+    path: str
+    placement: int
+    role: str = "linear"
+    block: str = ""
+    lead: bool = True
+    layer: int = -1
+    mask: str = ""
+    index: int = 0
+    in_features: int
+    out_features: int
+    num_experts: int
+    ranks: tuple[int, ...]
+    scales: tuple[float, ...]
+    top_k: int | None = None
+
+    def faults(self) -> list[str]:
+        """Values out of range and options that contradict each other."""
+        out = choice("role", self.role, ("linear", "up", "down", "rows"))
+        for name in ("in_features", "out_features", "num_experts"):
+            out += at_least(name, getattr(self, name), 1)
+        for name, values in (("ranks", self.ranks), ("scales", self.scales)):
+            if len(values) not in (0, 1, self.num_experts):
+                out.append(f"{name}: got {len(values)} values for {self.num_experts} experts, expected 1 or one each")
+        if any(r < 0 or r > 2**20 for r in self.ranks):
+            out.append(f"ranks: got {self.ranks}, expected values from 0 to {2**20}")
+        if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
+            out.append(f"top_k: got {self.top_k} with {self.num_experts} experts")
+        return out
+
+    def expert_ranks(self) -> tuple[int, ...]:
+        """The rank of each expert; empty for a site without a bank of its own."""
+        return self.ranks * self.num_experts if len(self.ranks) == 1 else self.ranks
+
+    def expert_scales(self) -> tuple[float, ...]:
+        """The factor of each expert."""
+        return self.scales * self.num_experts if len(self.scales) == 1 else self.scales
