@@ -92,7 +92,7 @@ def _like(total: Tensor | float, loss: Tensor) -> Tensor | float:
 def with_aux_field(base: Any) -> type[Any]:
     """The output class with one more field, ``aux_loss``: a real field, since an extra key would break pytrees."""
     if any(f.name == "aux_loss" for f in dataclasses.fields(base)):
-        return base
+        return cast(type[Any], base)
     space = {
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,

@@ -39,7 +39,7 @@ class FFNUp(MixtureLinear):
         A_RD, B_FR = self.packed(x.dtype)
         base_TF = base.reshape(-1, base.shape[-1])
         y_TKF = expand_slots(base_TF, self.dropped(x_TD), A_RD, B_FR, slots_TKE, self.bank.layout)
-        return cast(Tensor, y_TKF.view(*base.shape[:-1], slots_TKE.shape[1], base.shape[-1]))
+        return y_TKF.view(*base.shape[:-1], slots_TKE.shape[1], base.shape[-1])
 
 
 class FFNDown(MixtureLinear):
@@ -62,7 +62,7 @@ class FFNDown(MixtureLinear):
             dropped_TKF = self.dropped(h_TKF)
             delta_TD = contract_slots(dropped_TKF, weights_TK, A_RF, B_DR, routing.slots(), self.bank.layout)
             y_TD = y_TD + delta_TD.to(y_TD.dtype)
-        return cast(Tensor, y_TD.view(y.shape))
+        return y_TD.view(y.shape)
 
 
 class FFNRows(RoutedModule):

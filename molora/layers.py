@@ -105,6 +105,7 @@ class RoutedModule(nn.Module):
         seen = Seen(routing, valid_BS, _task_BS(frame, valid_BS), router, frame.recompute)
         for config in self.placement.balance:
             tensors = BALANCES[config.kind].observe(config, seen)
+            counted_BS = valid_BS if config.mask_padding else torch.ones_like(valid_BS)
             if tensors is not None and frame.observations is not None:
                 frame.observations.append(
                     Observation(
@@ -113,7 +114,7 @@ class RoutedModule(nn.Module):
                         config,
                         self.site.num_experts,
                         tensors,
-                        valid_BS.sum(1),
+                        counted_BS.sum(1),
                     )
                 )
 
@@ -179,7 +180,7 @@ class MixtureLinear(RoutedModule):
             f"experts={self.site.num_experts}, total_rank={sum(ranks)}, top_k={self.site.top_k}, role={self.site.role}"
         )
 
-    def base(self, x: Tensor) -> Any:
+    def base(self, x: Tensor) -> Tensor:
         """The frozen linear's own output.
 
         Raises:
@@ -192,7 +193,7 @@ class MixtureLinear(RoutedModule):
                 f"{self.site.path}: got an input of {x.dtype} on weights of {dtype}, expected one dtype; cast "
                 f"the inputs to {dtype}, load the model in {x.dtype}, or run under torch.autocast"
             )
-        return self.base_layer(x)
+        return cast(Tensor, self.base_layer(x))
 
     def dropped(self, x_TI: Tensor) -> Tensor:
         """The experts' input: one dropout mask for all of them, in train mode only."""
@@ -223,12 +224,12 @@ class MixtureLinear(RoutedModule):
         frame = context.current()
         base = self.base(x)
         if self.placement.router.scope == "model" and frame is not None and frame.pass_value == 0.0:
-            return cast(Tensor, base)
+            return base
         x_TI = x.reshape(-1, x.shape[-1])
         dropped_TI = self.dropped(x_TI)
         weights_TE = self._weights(x_TI, dropped_TI)
         if self.bank is None:
-            return cast(Tensor, base)
+            return base
         A_RI, B_OR = self.packed(x.dtype)
         base_TO = base.reshape(-1, base.shape[-1])
         y_TO = rank_mix(self.kernel, base_TO, dropped_TI, A_RI, B_OR, weights_TE, self.bank.layout)

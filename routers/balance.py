@@ -35,9 +35,10 @@ class Seen(NamedTuple):
 
 
 def picks(routing: Routing, count: str) -> Tensor:
-    """How often each token picked each expert, (T, E) float32: its first choice only, or all of them."""
-    ids = routing.probs.argmax(-1, keepdim=True) if routing.ids is None else routing.ids
-    ids_TK = ids[:, :1] if count == "argmax" else ids
+    """How often each token picked each expert, (T, E) float32: its first choice, dropped for capacity or not, or all."""
+    ids_TK = routing.ids
+    if ids_TK is None or count == "argmax":
+        ids_TK = routing.probs.argmax(-1, keepdim=True)
     zeros_TE = torch.zeros_like(routing.probs)
     return zeros_TE.scatter_add(1, ids_TK.clamp_min(0), (ids_TK >= 0).to(zeros_TE.dtype))
 

@@ -30,7 +30,8 @@ TOLERANCES = {
     "identity_ffn_fp32": Tolerance(1e-5, 1e-6, "weights that sum to 1 only to rounding, times the block's output"),
     "peft_lora": Tolerance(1e-5, 1e-6, "one expert against PEFT's LoRA: the sum is rounded once here, twice there"),
     "peft_xlora": Tolerance(1e-4, 1e-5, "two passes; PEFT gates the input of A, molora its output"),
-    "bf16": Tolerance(2e-2, 2e-2, "bfloat16 has 8 bits of mantissa; relative to the root mean square"),
+    "fp16": Tolerance(4e-3, 0.0, "float16 has 11 bits of mantissa; root mean squares, since one element says little"),
+    "bf16": Tolerance(2e-2, 0.0, "bfloat16 has 8 bits of mantissa; root mean squares, since one element says little"),
     "additive": Tolerance(1e-5, 1e-5, "float32 sums over rows split into micro-batches"),
 }
 
@@ -38,6 +39,11 @@ TOLERANCES = {
 def close(a: torch.Tensor, b: torch.Tensor, name: str) -> None:
     """Assert closeness by a tolerance's name."""
     t = TOLERANCES[name]
+    if name in ("fp16", "bf16"):
+        assert a.dtype == b.dtype
+        error, size = (x.double().square().mean().sqrt().item() for x in (a.double() - b.double(), b))
+        assert error <= t.rtol * size, f"off by {error:.3g} of {size:.3g} in the root mean square ({name}: {t.reason})"
+        return
     torch.testing.assert_close(a, b, rtol=t.rtol, atol=t.atol, msg=lambda m: f"{m}\n({name}: {t.reason})")
 
 

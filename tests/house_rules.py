@@ -15,8 +15,11 @@ ALSO_CHECKED = ("benchmarks", "tests")
 # Bottom up, as in ARCHITECTURE.md: (layer, modules of one row). A module imports lower layers and its row.
 Row = tuple[int, tuple[str, ...]]
 ROWS: tuple[Row, ...] = (
-    (0, ("molora.errors", "molora.strict", "molora.strict_json", "molora.config", "molora.site")),
-    (0, ("molora.routing", "molora.context")),
+    (
+        0,
+        ("molora.errors", "molora.strict", "molora.strict_json", "molora.config", "molora.site", "molora.routing")
+        + ("molora.context",),
+    ),
     (1, ("molora.tensor_file", "molora.staged")),
     (1, ("molora.recipes",)),
     (1, ("molora.kernels",)),
@@ -26,8 +29,11 @@ ROWS: tuple[Row, ...] = (
     (4, ("molora.checkpoint", "molora.adapter_config", "molora.fingerprint")),
     (4, ("molora.interop.peft_lora", "molora.interop.bin_file", "molora.interop.names")),
     (5, ("molora.targets", "molora.resolve", "molora.install")),
-    (6, ("molora.adapter_state", "molora.aux_loss", "molora.checkpointing", "molora.frames")),
-    (6, ("molora.model", "molora.model_card", "molora.scaling_pass")),
+    (
+        6,
+        ("molora.adapter_state", "molora.aux_loss", "molora.checkpointing", "molora.frames", "molora.model")
+        + ("molora.model_card", "molora.scaling_pass"),
+    ),
     (7, ("molora.interop", "molora.convert", "molora.load", "molora.data")),
     (8, ("molora.training",)),
     (8, ("molora.eval",)),
