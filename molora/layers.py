@@ -44,7 +44,7 @@ class RoutedModule(nn.Module):
         """
         frame = context.current()
         if self.placement.router.scope == "model":
-            return self._model_wide(frame, x_TI.shape[0])
+            return self._model_wide(frame, x_TI.shape[0], x_TI.device)
         if self.router is None:
             return self._of_block(x_TI.shape[0])
         if frame is None and self.has_loss and self.training and torch.is_grad_enabled():
@@ -63,11 +63,12 @@ class RoutedModule(nn.Module):
         bias_E = router.select_bias if isinstance(router, BiasedRouter) else None
         return gate(router(x_TI), config, self.site.top_k, bias_E, rows)
 
-    def _model_wide(self, frame: Frame | None, tokens: int) -> Routing:
+    def _model_wide(self, frame: Frame | None, tokens: int, device: torch.device) -> Routing:
         if frame is None or (frame.gates is None and frame.pass_value is None):
             raise self._lost("the gates of a model-wide router")
         if frame.gates is None:
-            weights_TE = torch.full((tokens, self.site.num_experts), cast(float, frame.pass_value), dtype=ROUTER_DTYPE)
+            shape, value = (tokens, self.site.num_experts), cast(float, frame.pass_value)
+            weights_TE = torch.full(shape, value, dtype=ROUTER_DTYPE, device=device)
             return Routing(weights_TE, None, weights_TE, weights_TE)
         routing = frame.gates[self.site.index]
         if routing.weights.shape[0] != tokens:

@@ -35,7 +35,7 @@ class Seen(NamedTuple):
 
 
 def picks(routing: Routing, count: str) -> Tensor:
-    """How often each token picked each expert, (T, E) float32: its first choice, dropped for capacity or not, or all."""
+    """How often each token picked each expert, (T, E) float32: its first choice (dropped or not), or all."""
     ids_TK = routing.ids
     if ids_TK is None or count == "argmax":
         ids_TK = routing.probs.argmax(-1, keepdim=True)

@@ -10,7 +10,7 @@ from molora.strict import PerLayer
 __all__ = ["mixlora"]
 
 
-@recipe(r=16, lora_alpha=32, released={"router_aux_loss_coef": 1e-3})
+@recipe(r=16, lora_alpha=32, released={"router_aux_loss_coef": 1e-3, "balance_scope": "batch"})
 def mixlora(
     *,
     num_experts: PerLayer = 8,
@@ -30,9 +30,9 @@ def mixlora(
     ``routing``: ``"top_k"``; ``"top_p"`` (experts until the probabilities reach ``top_p``, not renormalised);
     ``"switch"`` (one expert at its own probability, ``expert_capacity`` tokens per sequence, z-loss). The last two do
     not sum to 1, so the converted model differs from the base from the start. The balance loss is eq. 8-9
-    (``E sum F P``, F from the first choice). ``released=True``: F over all choices (K at balance), layers pooled
-    before the product, coefficient 1e-3. ``init_from``: a PEFT LoRA folder copied into every expert, with
-    ``init_noise`` times the weights' own spread added.
+    (``E sum F P``, F from the first choice). ``released=True``: F over all choices (K at balance), layers and the
+    batch's tokens pooled before the product, coefficient 1e-3. ``init_from``: a PEFT LoRA folder copied into every
+    expert, with ``init_noise`` times the weights' own spread added.
     """
     gates = {
         "top_k": GateConfig(top_k=top_k, renormalize="one", jitter=jitter),

@@ -13,7 +13,7 @@ ALLOCATIONS = {s: tuple(int(c) for c in s) for s in ("2468", "8642", "8228", "28
 DEFAULT = ALLOCATIONS["2468"]
 
 
-@recipe(released={"lora_dropout": 0.05})
+@recipe(released={"lora_dropout": 0.05, "balance_scope": "batch"})
 def mola(
     *,
     num_experts: PerLayer | str = DEFAULT,
@@ -27,7 +27,7 @@ def mola(
 
     ``num_experts``: one number, a tuple spread over the layers in equal parts, or a published allocation by its
     digits (``"2468"``, ``"8642"``, ``"8228"``, ``"2882"``, ``"5555"``, ``"8888"``). ``released=True``: f and P pooled
-    over a layer's routers, summed over layers, padding counted, dropout 0.05.
+    over the batch and a layer's routers, summed over layers, padding counted, dropout 0.05.
     """
     experts = ALLOCATIONS.get(num_experts, num_experts) if isinstance(num_experts, str) else num_experts
     pooled = {"pooling": "layer", "reduction": "sum", "mask_padding": False} if common.released else {}
