@@ -8,6 +8,8 @@ parameters a gradient, zero for the ranks of idle experts.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +36,21 @@ class ExpertBank(nn.Module):
         R = sum(self.ranks)
         self.lora_A = nn.Parameter(torch.empty(R, site.in_features, dtype=dtype, device=device), requires_grad=train)
         self.lora_B = nn.Parameter(torch.empty(site.out_features, R, dtype=dtype, device=device), requires_grad=train)
+        self._map_ranks(device)
+
+    def _map_ranks(self, device: torch.device) -> None:
         owners = [e for e, r in enumerate(self.ranks) for _ in range(r)]
         self.register_buffer("expert_R", torch.tensor(owners, dtype=torch.int64, device=device), persistent=False)
         scales = torch.tensor([self.scales[e] for e in owners], dtype=torch.float32, device=device)
         self.register_buffer("scale_R", scales, persistent=False)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ExpertBank:
+        """Casts and moves as any module, but for the two maps: a cast would round the scales, ``to_empty`` lose both."""
+        before = self.expert_R.device
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.scale_R.dtype != torch.float32 or before != self.expert_R.device:
+            self._map_ranks(self.expert_R.device)
+        return self
 
     @property
     def layout(self) -> Layout:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import cast
 
+from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
 from molora import context
@@ -89,8 +90,9 @@ class FFNRows(RoutedModule):
         routing = self.route(x.reshape(-1, x.shape[-1]))
         slots_TKE = routing.slots()
         K = slots_TKE.shape[1]
-        per_row_NE = slots_TKE.transpose(0, 1).flatten(0, 1)
+        per_row_NE = rearrange(slots_TKE, "t k e -> (k t) e")
         context.scratch()[self.site.block] = Routing(per_row_NE, None, per_row_NE, per_row_NE)
-        y = self.base_layer(x.unsqueeze(0).expand(K, *x.shape).flatten(0, 1))
-        weights_KT1 = routing.weights.t().unsqueeze(-1).to(y.dtype)
-        return cast(Tensor, (y.reshape(K, -1, y.shape[-1]) * weights_KT1).sum(0).view(*x.shape[:-1], y.shape[-1]))
+        y = self.base_layer(repeat(x, "b ... d -> (k b) ... d", k=K))
+        y_KTD = y.reshape(K, -1, y.shape[-1])
+        y_TD = einsum(y_KTD, routing.weights.to(y.dtype), "k t d, t k -> t d")
+        return cast(Tensor, y_TD.view(*x.shape[:-1], y.shape[-1]))

@@ -6,6 +6,7 @@ import math
 from typing import cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from molora.config import GateConfig, RouterConfig
@@ -55,8 +56,9 @@ class HiddenRouter(nn.Module):
             for i, layer in enumerate(self.layers):
                 if i:
                     h = nn.functional.dropout(h.relu(), self.config.dropout, self.training)
-                h = layer(h)
-        return cast(Tensor, h.unflatten(-1, (-1, self.num_experts)))
+                # The weights may be narrower or wider than float32 when the whole model was cast.
+                h = nn.functional.linear(h, layer.weight.to(ROUTER_DTYPE), _cast(layer.bias))
+        return rearrange(h, "t (m e) -> t m e", e=self.num_experts)
 
     def gates(self, hidden_BSD: Tensor) -> tuple[Routing, ...]:
         """One :class:`Routing` a site, from one gate over all of them."""
@@ -71,4 +73,8 @@ class HiddenRouter(nn.Module):
     def _per_site(self, flat: Tensor | None, tokens: int) -> tuple[Tensor | None, ...]:
         if flat is None:
             return (None,) * (self.num_sites if self.config.layerwise else 1)
-        return cast(tuple[Tensor, ...], flat.unflatten(0, (tokens, -1)).unbind(1))
+        return rearrange(flat, "(t m) k -> m t k", t=tokens).unbind(0)
+
+
+def _cast(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.to(ROUTER_DTYPE)
