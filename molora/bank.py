@@ -45,7 +45,7 @@ class ExpertBank(nn.Module):
         self.register_buffer("scale_R", scales, persistent=False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ExpertBank:
-        """Casts and moves as any module, but for the two maps: a cast would round the scales, ``to_empty`` lose both."""
+        """Casts and moves as any module, but for the maps: a cast would round the scales, ``to_empty`` lose both."""
         before = self.expert_R.device
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.scale_R.dtype != torch.float32 or before != self.expert_R.device:

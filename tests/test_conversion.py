@@ -111,7 +111,9 @@ def expected_parameters(recipe: str, name: str) -> dict[str, int]:
     """Trainable parameters by name and size, written down from the methods' own descriptions."""
     out: dict[str, int] = {}
     linears = {
-        p: m for p, m in tiny.base_model(name).named_modules() if type(m).__name__ in ("Linear", "Conv1D") and any(c.isdigit() for c in p.split("."))
+        p: m
+        for p, m in tiny.base_model(name).named_modules()
+        if type(m).__name__ in ("Linear", "Conv1D") and any(c.isdigit() for c in p.split("."))
     }
     ffn = [p for p in linears if p.endswith(FFN[name]) and ".attention." not in p]
     lead = [p for p in ffn if p.endswith(FFN[name][0]) or ".intermediate." in p]
@@ -124,7 +126,9 @@ def expected_parameters(recipe: str, name: str) -> dict[str, int]:
         ranks = 16 if recipe == "smora" else 4 * experts
         if ranks:
             out |= {f"{path}.bank.lora_A": ranks * d_in, f"{path}.bank.lora_B": ranks * d_out}
-        routed = {"mixlora": path in lead, "llava_mole": path in lead}.get(recipe, recipe in ("mola", "smora", "meteora"))
+        routed = {"mixlora": path in lead, "llava_mole": path in lead}.get(
+            recipe, recipe in ("mola", "smora", "meteora")
+        )
         if routed:
             out[f"{path}.router.weight"] = {"smora": 16, "meteora": 3}.get(recipe, experts) * d_in
             if recipe == "llava_mole":
