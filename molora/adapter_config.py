@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 from molora.config import MoloraConfig, Placement
 from molora.errors import ConfigError
 from molora.fingerprint import fingerprint_faults
-from molora.routers import ROUTERS, BiasedRouter
+from molora.kernels.dispatch import KERNELS
+from molora.routers import BALANCES, ROUTERS, BiasedRouter
 from molora.site import SiteConfig
 from molora.strict import PerLayer, Strict
 
@@ -73,11 +74,11 @@ class AdapterConfig(Strict):
         if sum(s.num_experts for s in self.sites) > MAX_EXPERTS:
             out.append(f"sites: got more than {MAX_EXPERTS:,} experts in all")
         for p in self.config.placements:
-            if p.router.kind not in ROUTERS or p.router.depth > MAX_DEPTH:
-                out.append(
-                    f"router: got kind {p.router.kind[:100]!r} of depth {p.router.depth}, "
-                    f"expected one of {', '.join(ROUTERS)} of depth up to {MAX_DEPTH}"
-                )
+            out += _unknown("router", p.router.kind, ROUTERS)
+            out += [fault for b in p.balance for fault in _unknown("balance rule", b.kind, BALANCES)]
+            if p.router.depth > MAX_DEPTH:
+                out.append(f"router: got a depth of {p.router.depth}, expected at most {MAX_DEPTH}")
+        out += _unknown("kernel", self.config.kernel, ("auto", *KERNELS))
         return out[:10]
 
     def text(self) -> str:
@@ -93,6 +94,10 @@ class AdapterConfig(Strict):
                 text = "[\n    " + ",\n    ".join(json.dumps(s, sort_keys=True) for s in value) + "\n  ]"
             lines.append(f"  {json.dumps(key)}: {text}")
         return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _unknown(what: str, name: str, known: Collection[str]) -> list[str]:
+    return [] if name in known else [f"{what}: got {name[:100]!r}, expected one of {', '.join(known)}"]
 
 
 def checksum(values: Mapping[str, Any]) -> str:
@@ -135,8 +140,8 @@ def _router(placement: Placement, *sizes: int) -> dict[str, Shape]:
     in_features, num_experts, *num_sites = sizes
     try:
         built = ROUTERS[kind](in_features, num_experts, router, gate, *num_sites, torch.device("meta"))  # type: ignore[arg-type, call-arg]
-    except RuntimeError as e:
-        raise ConfigError(f"the router of {placement.select!r} linears cannot exist: {e}") from e
+    except (RuntimeError, TypeError) as e:  # a size that overflows; a kind that takes other sizes
+        raise ConfigError(f"a router of kind {kind!r} and scope {router.scope!r} cannot have sizes {sizes}: {e}") from e
     shapes = {name: tuple(t.shape) for name, t in built.state_dict().items()}
     if isinstance(built, BiasedRouter) and any(b.kind == "bias" for b in placement.balance):
         shapes["select_bias"] = (num_experts,)

@@ -179,7 +179,7 @@ def _read(folder: Path) -> Adapter:
     for name in (CONFIG, NEXT):
         try:
             return _read_with(folder, folder / name)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             continue
         except AdapterError as e:
             faults.append(e)
