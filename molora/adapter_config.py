@@ -68,6 +68,8 @@ class AdapterConfig(Strict):
                 out.append(
                     f"{s.path[:200]}: placement: got {s.placement}, expected 0 to {len(self.config.placements) - 1}"
                 )
+            if s.ranks and not s.scales:
+                out.append(f"{s.path[:200]}: scales: got none for ranks {str(s.ranks)[:100]}")
         wide = any(p.router.scope == "model" for p in self.config.placements)
         if wide and sorted(s.index for s in self.sites) != list(range(len(self.sites))):
             out.append(f"sites: index: expected each of 0 to {len(self.sites) - 1} once, for the model-wide router")
@@ -151,12 +153,15 @@ def _router(placement: Placement, *sizes: int) -> dict[str, Shape]:
 def disagreements(config: MoloraConfig, expected: Mapping[str, Shape], header: Header) -> list[str]:
     """How the tensors of ``header`` differ from the ``expected`` ones, in words; empty when they agree."""
     missing = [n for n in expected if n not in header]
-    extra = [n for n in header if n not in expected and not _is_saved_module(config, n)]
+    extra = [n for n in header if n not in expected and not any(_is_copy_of(m, n) for m in config.modules_to_save)]
     faults = [
         f"{what}: {', '.join(n[:200] for n in names[:3])}{' ...' if len(names) > 3 else ''} ({len(names)} in all)"
         for what, names in (("missing", missing), ("not expected", extra))
         if names
     ]
+    for name in config.modules_to_save:
+        if not any(_is_copy_of(name, n) for n in header):
+            faults.append(f"missing: the trained copy of {name[:200]!r}, one of modules_to_save")
     for name in expected:
         shape, dtype = header.get(name, (expected[name], torch.float32))
         fits = len(shape) == len(expected[name]) and all(
@@ -169,6 +174,7 @@ def disagreements(config: MoloraConfig, expected: Mapping[str, Shape], header: H
     return faults[:5]
 
 
-def _is_saved_module(config: MoloraConfig, name: str) -> bool:
+def _is_copy_of(module: str, name: str) -> bool:
+    """Whether the tensor ``name`` belongs to the trained copy of a module whose path ends in ``module``."""
     path, found, _ = name.partition(".trained.")
-    return bool(found) and any(path == m or path.endswith("." + m) for m in config.modules_to_save)
+    return bool(found) and (path == module or path.endswith(f".{module}"))

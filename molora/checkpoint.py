@@ -28,7 +28,7 @@ from molora.adapter_config import (
     expected_tensors,
 )
 from molora.config import MoloraConfig
-from molora.errors import AdapterError, CheckpointError, ConfigError
+from molora.errors import AdapterError, CheckpointError
 from molora.fingerprint import fingerprint
 from molora.site import SiteConfig
 from molora.staged import CONFIG, CONFIG_LIMIT, NEXT, WEIGHTS, save_folder, signature
@@ -220,7 +220,7 @@ def _document(path: Path) -> tuple[AdapterConfig, dict[str, tuple[int, ...]]]:
     try:
         document = AdapterConfig.from_dict(raw)
         expected = expected_tensors(document.config, document.sites)
-    except ConfigError as e:
+    except ValueError as e:  # a ConfigError, or a check that stumbled over hostile values
         raise AdapterError(f"{path}: {str(e)[:2000]}") from e
     if document.checksum != checksum(raw):
         raise AdapterError(

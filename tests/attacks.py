@@ -170,6 +170,7 @@ FORGED_CONFIGS: dict[str, Edit] = {
     "10^17 inputs": site(in_features=10**17),
     "ranks for other experts": site(ranks=[1, 2, 3]),
     "scales for other experts": site(scales=[1.0, 2.0, 3.0]),
+    "ranks without scales": site(scales=[]),
     "more choices than experts": site(top_k=10**6),
     "unknown role": site(role="exec"),
     "placement out of range": site(placement=7),
@@ -209,6 +210,8 @@ FORGED_CONFIGS: dict[str, Edit] = {
     "unknown activation": placement("gate", activation="eval"),
     "unknown balance rule": lambda c: c["config"]["placements"][0]["balance"].append({"kind": "eval"}),
     "unknown kernel": config(kernel="../../evil.so"),
+    "modules to save that are not there": config(modules_to_save=["lm_head"]),
+    "no rank": placement(r=[]),
     "negative alpha": placement(lora_alpha=-1.0),
     "dropout of 1": placement(lora_dropout=1.0),
 }
