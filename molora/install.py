@@ -154,21 +154,33 @@ def _swap(model: nn.Module, path: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, new)
 
 
-def _all_paths(model: nn.Module, path: str) -> list[str]:
-    """Every path that leads to the module at ``path``: a shared module is wrapped once and put in each place."""
-    module = model.get_submodule(path)
-    return [p for p, m in model.named_modules(remove_duplicate=False) if m is module]
+def _places(model: nn.Module) -> dict[int, list[str]]:
+    """Every path to each module, by id: a shared module is wrapped once and put in each place."""
+    places: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(id(module), []).append(path)
+    return places
 
 
 def install(model: nn.Module, built: Built) -> Mixture:
-    """Swap the wrappers in and freeze the base. On any failure the model is put back as it was."""
+    """Swap the wrappers in and freeze the base. On any failure the model is put back as it was.
+
+    Raises:
+        TargetError: for a model whose ``forward`` was replaced on the instance: ours would never run.
+    """
+    if "forward" in vars(model):
+        raise TargetError(
+            f"forward is replaced on this one {type(model).__name__} (a device map with hooks, or a patch), so what the "
+            "mixture does around it would be skipped; convert or load first, then dispatch or patch"
+        )
     trainable = tuple(n for n, p in model.named_parameters() if p.requires_grad)
     frozen = [p for p in model.parameters() if p.requires_grad]
+    places = _places(model)
     done: list[tuple[str, nn.Module]] = []
     try:
         for path, module in built.modules.items():
             original = model.get_submodule(path)
-            for place in _all_paths(model, path):
+            for place in places[id(original)]:
                 _swap(model, place, module)
                 done.append((place, original))
         if built.head is not None:

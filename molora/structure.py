@@ -37,7 +37,8 @@ def ffn_blocks(record: Trace) -> list[FFNBlock]:
         for t in outs:
             makers.setdefault(id(t), []).append(i)
     by_out = {id(c.out): c for c in record.calls}
-    blocks = [b for down in record.calls if (b := _block(record, makers, by_out, down)) is not None]
+    known: dict[str, bool | None] = {}
+    blocks = [b for down in record.calls if (b := _block(record, makers, by_out, down, known)) is not None]
     apart: list[FFNBlock] = []
     for b in blocks:
         if not {b.down, *b.ups} & {path for other in apart for path in (*other.ups, other.down)}:
@@ -49,8 +50,13 @@ def _inputs(op: tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]) -> It
     return (t for t in tree_flatten((op[1], op[2]))[0] if isinstance(t, Tensor))
 
 
-def _block(record: Trace, makers: dict[int, list[int]], by_out: dict[int, Call], down: Call) -> FFNBlock | None:
-    """The block that ends in ``down``, or None: walk back to linears, check widths, tokens and slots."""
+def _block(
+    record: Trace, makers: dict[int, list[int]], by_out: dict[int, Call], down: Call, known: dict[str, bool | None]
+) -> FFNBlock | None:
+    """The block that ends in ``down``, or None: walk back to linears, check widths, tokens and slots.
+
+    ``known``: by a middle's form, whether slots may stay (None: no block), so that equal layers are tried once.
+    """
     ups: dict[int, Call] = {}
     needed: set[int] = set()
     todo, done = [down.x], set()
@@ -75,9 +81,11 @@ def _block(record: Trace, makers: dict[int, list[int]], by_out: dict[int, Call],
     if any(c.x.shape[-1] != d or c.out.shape[-1] not in (f, 2 * f) for c in calls):
         return None
     middle = _Middle(record, sorted(needed), calls, down)
-    if not middle.keeps_tokens_apart():
-        return None
-    return FFNBlock(tuple(c.path for c in calls), down.path, middle.carries_slots())
+    form = middle.form()
+    if form not in known:
+        known[form] = middle.carries_slots() if middle.keeps_tokens_apart() else None
+    slots = known[form]
+    return None if slots is None else FFNBlock(tuple(c.path for c in calls), down.path, slots)
 
 
 class _Middle:
@@ -86,9 +94,20 @@ class _Middle:
     def __init__(self, record: Trace, ops: list[int], ups: list[Call], down: Call) -> None:
         self.ops = [record.ops[i] for i in ops]
         self.ups, self.down = ups, down
-        generator = torch.Generator().manual_seed(0)
-        self.values = [torch.randn(c.out.shape, generator=generator) for c in ups]
-        self.others = [torch.randn(c.out.shape, generator=generator) for c in ups]
+
+    def form(self) -> str:
+        """Equal for middles that compute the same: operations, their plain arguments, and who feeds whom."""
+        made = [t for _, _, _, outs in self.ops for t in outs]
+        names = {id(t): f"{i}:{tuple(t.shape)}" for i, t in enumerate([*(c.out for c in self.ups), *made])}
+        parts = [
+            (str(func), tree_map_only(Tensor, lambda t: names.get(id(t), "unknown"), (args, kwargs)))
+            for func, args, kwargs, _ in self.ops
+        ]
+        return repr((len(self.ups), parts, names.get(id(self.down.x))))
+
+    def _numbers(self, seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randn(c.out.shape, generator=generator) for c in self.ups]
 
     def run(self, values: list[Tensor]) -> Tensor:
         known = {id(c.out): v.clone() for c, v in zip(self.ups, values, strict=True)}
@@ -100,13 +119,13 @@ class _Middle:
 
     def keeps_tokens_apart(self) -> bool:
         """Whether changing one token's values changes that token's result and no other."""
-        changed = []
-        for v, o in zip(self.values, self.others, strict=True):
+        values, changed = self._numbers(0), []
+        for v, o in zip(values, self._numbers(1), strict=True):
             c = v.clone()
             c.view(-1, v.shape[-1])[0] = o.view(-1, v.shape[-1])[0]
             changed.append(c)
         try:
-            a, b = self.run(self.values), self.run(changed)
+            a, b = self.run(values), self.run(changed)
         except (RuntimeError, KeyError, TypeError, ValueError, IndexError, NotImplementedError):
             return False
         width = self.down.x.shape[-1]
@@ -115,9 +134,10 @@ class _Middle:
 
     def carries_slots(self) -> bool:
         """Whether running two slots on a new axis before the last equals running them one by one."""
+        values, others = self._numbers(0), self._numbers(1)
         try:
-            together = self.run([torch.stack((v, o), -2) for v, o in zip(self.values, self.others, strict=True)])
-            apart = torch.stack((self.run(self.values), self.run(self.others)), -2)
+            together = self.run([torch.stack((v, o), -2) for v, o in zip(values, others, strict=True)])
+            apart = torch.stack((self.run(values), self.run(others)), -2)
         except (RuntimeError, KeyError, TypeError, ValueError, IndexError, NotImplementedError):
             return False
         return together.shape == apart.shape and bool(torch.allclose(together, apart, rtol=1e-5, atol=1e-6))

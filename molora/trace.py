@@ -101,6 +101,9 @@ def _hollow(model: nn.Module, trace: Trace) -> nn.Module:
     for b in model.buffers():
         memo[id(b)] = torch.empty_like(b, device="meta")
     hollow = copy.deepcopy(model, memo)
+    for module in hollow.modules():
+        module._forward_hooks.clear()  # a caller's hooks expect values, and to run when the model does
+        module._forward_pre_hooks.clear()
     for path, module in list(hollow.named_modules()):
         shape = linear_shape(module)
         if shape is not None and path:
