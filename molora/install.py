@@ -170,7 +170,7 @@ def install(model: nn.Module, built: Built) -> Mixture:
     """
     if "forward" in vars(model):
         raise TargetError(
-            f"forward is replaced on this one {type(model).__name__} (a device map with hooks, or a patch), so what the "
+            f"forward is replaced on this {type(model).__name__} (a device map with hooks, or a patch), so what the "
             "mixture does around it would be skipped; convert or load first, then dispatch or patch"
         )
     trainable = tuple(n for n, p in model.named_parameters() if p.requires_grad)
