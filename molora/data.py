@@ -1,6 +1,6 @@
-"""Domain files: one JSONL file a domain; read, split without leaks, tokenised with the prompt masked, mixed.
+"""Domain files: one JSONL file a domain; read, split without leaks, tokenised with the prompt masked, batched.
 
-A line is ``{"text": "..."}`` or ``{"messages": [{"role": "user", "content": "..."}, ..., {"role": "assistant", ...}]}``.
+A line is ``{"text": "..."}`` or ``{"messages": [{"role": "user", "content": "..."}, ..., {"role": "assistant", ..}]}``.
 An optional ``"group"`` names what must stay on one side of the split (a document, a problem). Other keys are ignored.
 """
 
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from molora.errors import ConfigError
 
-__all__ = ["IGNORED", "Collator", "Example", "Record", "apart", "deduplicated", "encode", "mix", "read_jsonl", "split"]
+__all__ = ["IGNORED", "Collator", "Example", "Record", "apart", "deduplicated", "encode", "read_jsonl", "split"]
 
 IGNORED = -100  # a label that torch's cross-entropy leaves out
 SHORTEST_WINDOW = 16  # tokens; a shorter rest of a long text is dropped
@@ -157,8 +156,8 @@ def split(records: Sequence[Record], heldout: float | int, seed: int) -> tuple[l
     train = [r for g in order for r in groups[g]]
     if not train:
         raise ConfigError(
-            f"got {len(records)} distinct records in {len(groups)} groups, expected more than the {wanted} to hold out; "
-            "add records or lower heldout"
+            f"got {len(records)} distinct records in {len(groups)} groups, expected more than the {wanted} to hold "
+            "out; add records or lower heldout"
         )
     return train, held
 
@@ -211,8 +210,8 @@ def _conversation(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> tupl
         whole = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
         if not (prompt.startswith(written) and whole.startswith(prompt)):
             raise ConfigError(
-                "the chat template rewrites earlier turns when a later one is added, so the answers cannot be told from "
-                f"the prompt; got {whole!r} after {prompt!r}; use conversations of one question and one answer"
+                "the chat template rewrites earlier turns when a later one is added, so the answers cannot be told "
+                f"from the prompt; got {whole!r} after {prompt!r}; use conversations of one question and one answer"
             )
         asked = tokenizer(prompt[len(written) :], add_special_tokens=False).input_ids
         said = tokenizer(whole[len(prompt) :], add_special_tokens=False).input_ids
@@ -221,26 +220,6 @@ def _conversation(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> tupl
         labels += [IGNORED] * len(asked) + said[:end] + [IGNORED] * (len(said) - end)
         written = whole
     return ids, labels
-
-
-def mix(domains: Mapping[str, Sequence[Example]], weights: Mapping[str, float], total: int, seed: int) -> list[Example]:
-    """Draw ``total`` rows (0: as many as there are) from the domains in proportion to their weights (1 when not given).
-
-    Every row of a domain is used before any is used again; the result is shuffled. Depends on its arguments only.
-    """
-    total = total or sum(map(len, domains.values()))
-    share = {name: weights.get(name, 1.0) for name in domains}
-    exact = {name: total * w / sum(share.values()) for name, w in share.items()}
-    count = {name: int(x) for name, x in exact.items()}
-    for name in sorted(exact, key=lambda n: count[n] - exact[n])[: total - sum(count.values())]:
-        count[name] += 1
-    rows: list[Example] = []
-    for name, examples in domains.items():
-        rng = random.Random(f"{seed}/{name}")
-        for start in range(0, count[name], max(1, len(examples))):
-            rows += rng.sample(list(examples), min(len(examples), count[name] - start))
-    random.Random(seed).shuffle(rows)
-    return rows
 
 
 @dataclass(frozen=True)

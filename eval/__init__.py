@@ -1,0 +1,1 @@
+"""Evaluation: losses and answers, what the routing says, and pictures of it."""

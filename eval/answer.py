@@ -1,0 +1,66 @@
+"""Answer prompts in a process of its own, with nothing but what is on disk.
+
+``python -m molora.eval.answer`` reads a job from stdin and writes the answers to stdout, both JSON:
+``{"base": folder, "dtype": "bfloat16", "adapter": folder, "prompts": {name: text}, "max_new_tokens": 32}``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from molora.errors import CheckpointError
+from molora.eval.score import answer
+from molora.load import load
+
+__all__ = ["fresh_answers"]
+
+TIME_LIMIT = 300  # seconds, for start, loading and answers together
+
+
+def fresh_answers(
+    base: Path, dtype: str, adapter: Path, prompts: Mapping[str, str], max_new_tokens: int
+) -> dict[str, str]:
+    """Start a Python process that loads base and adapter and answers each prompt.
+
+    Raises:
+        CheckpointError: the process failed, with the end of what it said, or took too long.
+    """
+    job = {"base": os.fspath(base), "dtype": dtype, "adapter": os.fspath(adapter), "prompts": dict(prompts)}
+    checkout = os.fspath(Path(__file__).absolute().parents[2])
+    paths = os.pathsep.join(p for p in (checkout, os.environ.get("PYTHONPATH", "")) if p)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "molora.eval.answer"],
+            input=json.dumps({**job, "max_new_tokens": max_new_tokens}),
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=TIME_LIMIT,
+            check=False,
+            env={**os.environ, "PYTHONPATH": paths, "PYTHONIOENCODING": "utf-8"},
+        )
+    except subprocess.TimeoutExpired as e:
+        raise CheckpointError(f"{adapter}: a fresh process did not answer within {TIME_LIMIT} s") from e
+    if done.returncode:
+        raise CheckpointError(f"{adapter}: loading in a fresh process failed:\n{done.stderr.strip()[-2000:]}")
+    answers: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return answers
+
+
+def _answer(job: Mapping[str, Any]) -> dict[str, str]:
+    tokenizer = AutoTokenizer.from_pretrained(job["base"])
+    base = AutoModelForCausalLM.from_pretrained(job["base"], dtype=getattr(torch, job["dtype"]))
+    return answer(load(base, job["adapter"]), tokenizer, job["prompts"], job["max_new_tokens"])
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps(_answer(json.load(sys.stdin))) + "\n")

@@ -1,0 +1,91 @@
+"""Held-out loss and greedy answers of a causal language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from molora.data import Collator, Example, Record
+
+__all__ = ["answer", "batches", "exact_match", "generate", "heldout_loss", "prompt_text"]
+
+
+def batches(rows: Sequence[Example], pad_token_id: int, size: int) -> list[tuple[list[int], dict[str, Tensor]]]:
+    """Padded batches of rows of like length, each with the positions of its rows in ``rows``."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    chunks = [order[i : i + size] for i in range(0, len(order), size)]
+    return [(chunk, Collator(pad_token_id)([rows[i] for i in chunk])) for chunk in chunks]
+
+
+@torch.no_grad()
+def heldout_loss(model: PreTrainedModel, rows: Sequence[Example], pad_token_id: int, size: int = 8) -> float:
+    """Mean negative log-likelihood per label, in nats, over all rows: sum of losses / number of labels, in float32."""
+    model.eval()
+    total, count = 0.0, 0
+    for _, batch in batches(rows, pad_token_id, size):
+        labels_BS = batch.pop("labels").to(model.device)[:, 1:]
+        logits_BSV = model(**{k: v.to(model.device) for k, v in batch.items()}).logits[:, :-1]
+        # Only rows with a label: a float32 copy of all logits is the largest tensor of the whole run.
+        wanted = labels_BS >= 0
+        total += nn.functional.cross_entropy(logits_BSV[wanted].float(), labels_BS[wanted], reduction="sum").item()
+        count += int(wanted.sum())
+    return total / count
+
+
+def prompt_text(record: Record, tokenizer: Any, words: int = 12) -> str:
+    """What the model is given: a conversation up to the answer, or the first words of a text."""
+    if record.messages:
+        turns = [dict(m) for m in record.prompt]
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    lines = record.text.splitlines()
+    return "\n".join(lines[:1]) if len(lines) > 2 else " ".join(record.text.split()[:words])
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, size: int = 32
+) -> list[str]:
+    """Greedy continuations, without special tokens. Batches are padded on the left; prompts of like length together."""
+    model.eval()
+    done: dict[int, str] = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for start in range(0, len(order), size):
+        chunk = order[start : start + size]
+        encoded = tokenizer(
+            [prompts[i] for i in chunk],
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+            add_special_tokens=False,
+        )
+        inputs = {k: encoded[k].to(model.device) for k in ("input_ids", "attention_mask")}
+        out_BS = cast(Any, model).generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        texts = tokenizer.batch_decode(out_BS[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        done.update(zip(chunk, texts, strict=True))
+    return [done[i] for i in range(len(prompts))]
+
+
+def exact_match(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    records: Sequence[Record],
+    scorer: Callable[[Record, str], float],
+    max_new_tokens: int = 24,
+) -> dict[str, float]:
+    """Share of conversations answered right, by task (``""`` for records without one)."""
+    answers = generate(model, tokenizer, [prompt_text(r, tokenizer) for r in records], max_new_tokens)
+    scores: dict[str, list[float]] = {}
+    for record, text in zip(records, answers, strict=True):
+        scores.setdefault(record.task, []).append(scorer(record, text))
+    return {task: sum(s) / len(s) for task, s in scores.items()}
+
+
+def answer(
+    model: PreTrainedModel, tokenizer: Any, prompts: Mapping[str, str], max_new_tokens: int = 32
+) -> dict[str, str]:
+    """One greedy answer per named prompt, each in a batch of its own so that padding plays no part."""
+    return {name: generate(model, tokenizer, [text], max_new_tokens)[0] for name, text in prompts.items()}

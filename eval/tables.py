@@ -1,0 +1,60 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+__all__ = ["data_table", "result_table", "verdicts"]
+
+
+def data_table(rows: Mapping[str, tuple[str, int, int, int]]) -> Table:
+    """Domain to (source, training records, held-out records, held-out labels)."""
+    table = Table("domain", "source", title="Domains", title_justify="left")
+    for column in ("records to train on", "held out", "held-out tokens"):
+        table.add_column(column, justify="right")
+    for name, (source, *numbers) in rows.items():
+        table.add_row(name, source, *(f"{n:,}" for n in numbers))
+    return table
+
+
+def result_table(runs: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Held-out loss per domain and exact match per task, one column a run; the best of each row in bold.
+
+    ``runs``: name to ``{"heldout_loss": {domain: nats}, "exact_match": {task: share}}``, and for trained ones
+    ``trainable_parameters`` and ``train_seconds``.
+    """
+    table = Table("", title="Held-out loss (nats per token, lower is better) and exact match", title_justify="left")
+    for name in runs:
+        table.add_column(name, justify="right")
+    first = next(iter(runs.values()))
+    for domain in first["heldout_loss"]:
+        values = [run["heldout_loss"][domain] for run in runs.values()]
+        table.add_row(f"loss {domain}", *_marked(values, min(values), "{:.3f}"))
+    for i, task in enumerate(first["exact_match"]):
+        values = [run["exact_match"][task] for run in runs.values()]
+        table.add_section() if i == 0 else None
+        table.add_row(f"exact match {task}", *_marked(values, max(values), "{:.0%}"))
+    table.add_section()
+    for key, label, form in (
+        ("trainable_parameters", "trainable parameters", "{:,}"),
+        ("train_seconds", "training time", "{:.0f} s"),
+    ):
+        table.add_row(label, *(form.format(run[key]) if key in run else "" for run in runs.values()))
+    return table
+
+
+def _marked(values: list[float], best: float, form: str) -> list[str]:
+    return [f"[bold]{form.format(v)}[/]" if v == best else form.format(v) for v in values]
+
+
+def verdicts(runs: Mapping[str, Mapping[str, Any]], reference: str) -> dict[str, list[str]]:
+    """For each run but the reference: the domains whose held-out loss is not below the reference's."""
+    base = runs[reference]["heldout_loss"]
+    return {
+        name: [d for d, loss in run["heldout_loss"].items() if not loss < base[d]]
+        for name, run in runs.items()
+        if name != reference
+    }

@@ -1,0 +1,1 @@
+"""Training: the arguments, the job of ``molora train``, and the demo's model and data."""

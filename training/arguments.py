@@ -1,0 +1,203 @@
+"""Arguments of the training job: transformers' own and three groups of ours, from one YAML file and flags."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from molora.errors import ConfigError, nearest
+
+__all__ = ["OWN_GROUPS", "Arguments", "DataArguments", "MixtureArguments", "ModelArguments", "read_arguments"]
+
+
+def _field(default: Any, text: str) -> Any:
+    """A dataclass field with its help text; mappings get a fresh empty one."""
+    if isinstance(default, dict):
+        return field(default_factory=dict, metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ModelArguments:
+    """The base model."""
+
+    model_name_or_path: str = _field(
+        "builtin:smollm2", "Folder of the base model and its tokenizer, or builtin:smollm2."
+    )
+    dtype: str = _field(
+        "bfloat16", "Type of the frozen base: bfloat16, float32, float16. The adapters stay in float32."
+    )
+
+
+@dataclass
+class MixtureArguments:
+    """The mixture that is put on it."""
+
+    recipe: str = field(metadata={"help": "Name of a recipe; `molora info` lists them."})
+    options: dict[str, Any] = _field({}, "The recipe's options, as in convert(): {num_experts: 8, top_k: 2, r: 4}.")
+
+
+@dataclass
+class DataArguments:
+    """The domains."""
+
+    domains: dict[str, str] = _field(
+        {}, "Name to JSONL file ('text' or 'messages' on every line), or to builtin:<domain>."
+    )
+    heldout_domains: dict[str, str] = _field({}, "Name to JSONL file that is held out; else a part of each domain is.")
+    weights: dict[str, float] = _field({}, "Name to share of the training rows; 1 when not given.")
+    max_length: int = _field(128, "Tokens in a row; longer texts become several rows.")
+    train_examples: int = _field(0, "Training rows of all domains together; 0 takes what there is.")
+    heldout: float = _field(0.1, "Part of each domain to hold out: a share below 1, or a number of records.")
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Everything that one training run is made of."""
+
+    model: ModelArguments
+    mixture: MixtureArguments
+    data: DataArguments
+    training: TrainingArguments
+
+    given: tuple[str, ...] = ()
+
+    def chosen(self) -> dict[str, Any]:
+        """What makes the run, as plain values: our own arguments, and those of transformers that were given."""
+        own = {k: v for part in (self.model, self.mixture, self.data) for k, v in dataclasses.asdict(part).items()}
+        theirs = {f.name for f in dataclasses.fields(TrainingArguments)}
+        return own | {k: _plain(getattr(self.training, k)) for k in self.given if k in theirs}
+
+
+OUTPUT = "runs/train"  # where results go when the arguments do not say
+OWN_GROUPS = (ModelArguments, MixtureArguments, DataArguments)
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)  # transformers' enumerations
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml carries no types
+    """Safe YAML that reads 1e-3 as a number, as YAML 1.2 and everyone who writes a learning rate do."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), [*"-+.0123456789"]
+)
+
+
+def _yaml(text: str, name: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader: plain values only
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{name} is not YAML: {e}") from e
+
+
+class _Parser(HfArgumentParser):
+    """HfArgumentParser that raises instead of printing the usage of a hundred arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
+
+
+def read_arguments(config: Path | str | None, overrides: Sequence[str] = ()) -> Arguments:
+    """Read a YAML file of arguments, then ``--key value`` overrides; ``--options.r 8`` reaches into a mapping.
+
+    Raises:
+        ConfigError: file missing or not a mapping, unknown name (with the nearest), value of a wrong type.
+    """
+    values: dict[str, Any] = {"output_dir": OUTPUT, "use_cpu": not torch.accelerator.is_available()}
+    values |= _read_yaml(Path(config)) if config is not None else {}
+    known = {f.name: f for group in (*OWN_GROUPS, TrainingArguments) for f in dataclasses.fields(group) if f.init}
+    for key, value in _pairs(overrides):
+        _set(values, key, value)
+    where = f"{config}: " if config is not None else ""
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{where}unknown argument {key!r}{nearest(str(key), known)}")
+    return _parse(values, where)
+
+
+def _parse(values: Mapping[str, Any], where: str) -> Arguments:
+    groups: list[Any] = [*OWN_GROUPS, TrainingArguments]
+    parser = _Parser(groups, allow_abbrev=False)
+    flags: list[str] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping | list):
+            parser.set_defaults(**{key: value})
+        elif value is not None:
+            flags.append(f"--{key}={value}")
+    mappings = {f.name for group in OWN_GROUPS for f in dataclasses.fields(group) if f.default_factory is dict}
+    for name in mappings & values.keys():
+        if not isinstance(values[name], Mapping):
+            raise ConfigError(f"{where}{name}: got {values[name]!r}, expected a mapping (name: value)")
+    try:
+        model, mixture, data, training = parser.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
+    except (ConfigError, ValueError, TypeError, ImportError) as e:
+        raise ConfigError(f"{where}{e}") from e
+    faults = _faults(data)
+    if faults:
+        raise ConfigError(f"{where}" + "; ".join(faults))
+    return Arguments(model, mixture, data, training, tuple(values))
+
+
+def _faults(data: DataArguments) -> list[str]:
+    out = [] if data.domains else ["domains: got none, expected at least one, as name: file.jsonl"]
+    out += [
+        f"{name}: got {value!r}, expected a path" for name, value in data.domains.items() if not isinstance(value, str)
+    ]
+    for key in ("heldout_domains", "weights"):
+        known: dict[str, Any] = data.domains
+        out += [f"{key}: {n!r} is not a domain{nearest(str(n), known)}" for n in getattr(data, key) if n not in known]
+    for n, w in data.weights.items():
+        if isinstance(w, bool) or not isinstance(w, int | float) or w <= 0:
+            out.append(f"weights: {n}: got {w!r}, expected a number above 0")
+    for key, low in (("max_length", 8), ("train_examples", 0)):
+        if getattr(data, key) < low:
+            out.append(f"{key}: got {getattr(data, key)}, expected at least {low}")
+    return out if data.heldout > 0 else [*out, f"heldout: got {data.heldout}, expected a share or a number above 0"]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path} does not exist; expected a YAML file of arguments (see training/configs/)")
+    try:
+        values = _yaml(path.read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as e:
+        raise ConfigError(f"{path} is not UTF-8 text") from e
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: got {type(values).__name__}, expected a mapping of argument names to values")
+    return values
+
+
+def _pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """``--key value`` and ``--key=value`` as pairs; a flag by itself is ``true``."""
+    pairs, rest = [], list(overrides)
+    while rest:
+        flag = rest.pop(0)
+        if not flag.startswith("--") or flag == "--":
+            raise ConfigError(f"got {flag!r}, expected --argument value")
+        key, equals, value = flag[2:].partition("=")
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        head, dot, tail = key.partition(".")
+        pairs.append((head.replace("-", "_") + dot + tail, value))
+    return pairs
+
+
+def _set(values: dict[str, Any], key: str, text: str) -> None:
+    """Put one override into the values; a mapping may be given whole, as YAML."""
+    head, dot, tail = key.partition(".")
+    if dot:
+        inner = values.get(head) or {}
+        values[head] = {**inner, tail: _yaml(text, f"--{key}")} if isinstance(inner, Mapping) else inner
+    else:
+        values[head] = _yaml(text, f"--{key}") if text.startswith(("{", "[")) else text
