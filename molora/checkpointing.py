@@ -35,11 +35,11 @@ def bind(model: nn.Module, func: Callable[..., Any]) -> Callable[..., Any]:
         ConfigError: for re-entrant checkpointing, or another library's, where the context would be lost: the
             balance loss would be a constant without gradient, model-wide gates would be gone.
     """
-    if not needs_context(model):
-        return func
     inner = func.func if isinstance(func, functools.partial) else func
     given = func.keywords if isinstance(func, functools.partial) else {}
     if inner is not checkpoint or given.get("use_reentrant"):
+        if not needs_context(model):
+            return func
         what = "use_reentrant=True" if inner is checkpoint else f"{getattr(inner, '__module__', inner)}"
         raise ConfigError(
             f"activation checkpointing with {what}: the routers' context and the balance loss's gradient are lost in "

@@ -162,22 +162,32 @@ def valid_tokens(frame: Frame, stream: str, tokens: int, device: torch.device) -
 
 
 def checkpoint_contexts() -> tuple[contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]]:
-    """``context_fn`` of ``torch.utils.checkpoint``: nothing in the forward, the same frame again in the recompute.
+    """``context_fn`` of ``torch.utils.checkpoint``: nothing in the forward, its frame and off switch in the recompute.
 
     The recompute must run the same operations, so it reports to a list of its own that is thrown away.
     """
     frame = _state.frame
-    if frame is None:
-        return contextlib.nullcontext(), contextlib.nullcontext()
-    again = replace(
-        frame,
-        observations=None if frame.observations is None else [],
-        tape=None,
-        recompute=True,
-        shared={},
-        valid={},
-    )
-    return contextlib.nullcontext(), use(again)
+    again = None
+    if frame is not None:
+        again = replace(
+            frame,
+            observations=None if frame.observations is None else [],
+            tape=None,
+            recompute=True,
+            shared={},
+            valid={},
+        )
+    return contextlib.nullcontext(), _as_it_was(again, _state.off)
+
+
+@contextlib.contextmanager
+def _as_it_was(frame: Frame | None, off: tuple[object, ...]) -> Iterator[None]:
+    before = _state.frame, _state.off
+    _state.frame, _state.off = frame, off
+    try:
+        yield
+    finally:
+        _state.frame, _state.off = before
 
 
 def both_contexts(first: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
