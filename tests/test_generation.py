@@ -92,7 +92,11 @@ def test_steps_after_left_padding(recipe: str, name: str) -> None:
         whole = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
         cache, parts = None, []
         for n in range(1, 10):
-            step = {"input_ids": ids[:, n - 1 : n], "attention_mask": mask[:, :n], "position_ids": positions[:, n - 1 : n]}
+            step = {
+                "input_ids": ids[:, n - 1 : n],
+                "attention_mask": mask[:, :n],
+                "position_ids": positions[:, n - 1 : n],
+            }
             out = model(**step, past_key_values=cache, use_cache=True)
             cache = out.past_key_values
             parts.append(out.logits)
@@ -105,7 +109,9 @@ def test_static_cache(recipe: str, name: str) -> None:
     expected = generate(model, prompt(), use_cache=False, do_sample=False)
     static = generate(model, prompt(), cache_implementation="static", do_sample=False, disable_compile=True)
     assert torch.equal(static, expected)
-    assert torch.equal(generate(model, prompt(), cache_implementation="static", do_sample=False, disable_compile=True), expected)
+    assert torch.equal(
+        generate(model, prompt(), cache_implementation="static", do_sample=False, disable_compile=True), expected
+    )
 
 
 @each_recipe

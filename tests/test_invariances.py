@@ -82,7 +82,9 @@ def test_padding_on_either_side_is_no_padding(recipe: str, name: str) -> None:
         loss, grads = behaviours.train_step(model, batch)
         counts = [b.clone() for n, b in model.named_buffers() if n.endswith("load_counts")]
         results.append((logits, loss, grads, counts))
-    alone = [tiny.output(model.eval(), {"input_ids": inputs["input_ids"][b : b + 1, :n]})[0] for b, n in enumerate(lengths)]
+    alone = [
+        tiny.output(model.eval(), {"input_ids": inputs["input_ids"][b : b + 1, :n]})[0] for b, n in enumerate(lengths)
+    ]
     for logits, loss, grads, counts in results:
         close(logits, torch.cat(alone), "same_math_fp32")
         close(loss, results[0][1], "same_math_fp32")

@@ -52,5 +52,8 @@ def test_frozen_projections_see_every_token_once(name: str, top_k: int) -> None:
         tiny.output(model, inputs)
     cls = type(base).__name__
     for site in model._molora.sites:
-        theirs, ours = wanted.get_flop_counts()[f"{cls}.{site.path}"], got.get_flop_counts()[f"{cls}.{site.path}.base_layer"]
+        theirs, ours = (
+            wanted.get_flop_counts()[f"{cls}.{site.path}"],
+            got.get_flop_counts()[f"{cls}.{site.path}.base_layer"],
+        )
         assert sum(ours.values()) == sum(theirs.values()) > 0, site.path
