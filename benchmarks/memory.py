@@ -1,0 +1,34 @@
+"""Peak memory of one subject in a process of its own: ``python -m benchmarks.memory NAME`` prints a JSON line."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+
+from benchmarks.timing import ROOT
+
+LIMIT_S = 300  # for one subject, imports and loading included
+
+
+def peak_mib(subject: str) -> float:
+    """Peak resident set of a fresh process that builds ``subject`` and runs it twice, in MiB."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.memory", subject],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=True,
+    )
+    return float(json.loads(done.stdout.splitlines()[-1])["peak_mib"])
+
+
+if __name__ == "__main__":
+    from benchmarks.subjects import SUBJECTS
+
+    run = SUBJECTS[sys.argv[1]]()
+    for _ in range(2):
+        run()
+    print(json.dumps({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
