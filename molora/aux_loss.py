@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from molora.config import BalanceConfig
 from molora.context import Frame, Observation
+from molora.errors import ConfigError
 from molora.install import Mixture
 from molora.routers.balance import combine
 
@@ -55,7 +56,11 @@ def _weights(model: nn.Module, arguments: dict[str, Any], frame: Frame) -> Tenso
 def add_aux_loss(model: nn.Module, mixture: Mixture, outputs: Any, frame: Frame, arguments: dict[str, Any]) -> Any:
     """``loss`` grows by ``sum of coef * aux`` when the base returned one; ``aux_loss`` is the plain mean over routers.
 
-    Outputs of a dataclass get the field ``aux_loss`` in a subclass; tuples get the loss in place 0 only.
+    Outputs of a dataclass get the field ``aux_loss`` in a subclass, plain dicts the key; tuples get the loss in place
+    0 only.
+
+    Raises:
+        ConfigError: for an output of another kind, which has no place for the loss.
     """
     if not frame.observations:
         return outputs
@@ -75,12 +80,19 @@ def add_aux_loss(model: nn.Module, mixture: Mixture, outputs: Any, frame: Frame,
     if isinstance(outputs, tuple):
         has_loss = isinstance(arguments.get("labels"), Tensor) and outputs[0].ndim == 0
         return (outputs[0] + _like(total, outputs[0]), *outputs[1:]) if has_loss else outputs
-    base_loss = getattr(outputs, "loss", None)
+    if not isinstance(outputs, dict):
+        raise ConfigError(
+            f"{type(model).__name__}: got a {type(outputs).__name__} as its output in training, expected a "
+            "transformers output, a dict or a tuple for the balance loss; return one, or set that loss to 0"
+        )
     values = dict(outputs)
+    base_loss = values.get("loss")
     if isinstance(base_loss, Tensor):
         values["loss"] = base_loss + _like(total, base_loss)
     if aux is not None:
         values["aux_loss"] = aux
+    if not dataclasses.is_dataclass(outputs):
+        return values
     return with_aux_field(cast(Hashable, type(outputs)))(**values)
 
 
