@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
+from molora.data import IGNORED, Example, Record
+
 __all__ = ["data_table", "result_table", "verdicts"]
 
 
-def data_table(rows: Mapping[str, tuple[str, int, int, int]]) -> Table:
-    """Domain to (source, training records, held-out records, held-out labels)."""
+def data_table(
+    sources: Mapping[str, str],
+    train_records: Mapping[str, int],
+    heldout_records: Mapping[str, Sequence[Record]],
+    heldout: Mapping[str, Sequence[Example]],
+) -> Table:
+    """What each domain is made of; all arguments by domain."""
     table = Table("domain", "source", title="Domains", title_justify="left")
-    for column in ("records to train on", "held out", "held-out tokens"):
+    for column in ("to train on", "held out", "its tokens"):
         table.add_column(column, justify="right")
-    for name, (source, *numbers) in rows.items():
+    for name, source in sources.items():
+        learned = sum(label != IGNORED for row in heldout[name] for label in row["labels"][1:])
+        numbers = (train_records[name], len(heldout_records[name]), learned)
         table.add_row(name, source, *(f"{n:,}" for n in numbers))
     return table
 

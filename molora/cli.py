@@ -72,11 +72,16 @@ def train(
     Your data: one JSONL file a domain, every line `{"text": "..."}` or `{"messages": [{"role": "user", "content":
     "..."}, {"role": "assistant", "content": "..."}]}`. Of conversations only the assistant's turns are learned.
     """
+    from molora.eval.tables import data_table
     from molora.training.arguments import read_arguments
-    from molora.training.train import run
+    from molora.training.train import Data, run
 
     arguments = read_arguments(config, ctx.args)
-    trained = run(arguments)
+
+    def tell(data: Data) -> None:
+        output.print(data_table(arguments.data.domains, data.train_records, data.heldout_records, data.heldout))
+
+    trained = run(arguments, tell)
     loss = [entry["loss"] for entry in trained.log if "loss" in entry]
     first_to_last = f", loss {loss[0]:.3f} at the start, {loss[-1]:.3f} at the end" if loss else ""
     output.print(f"{int(trained.log[-1]['step'])} steps in {trained.seconds:.0f} s{first_to_last}", highlight=False)

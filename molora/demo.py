@@ -21,7 +21,7 @@ from rich.markup import escape
 from transformers import PreTrainedModel
 
 from molora.convert import convert
-from molora.data import IGNORED, Record, encode
+from molora.data import Record, encode
 from molora.errors import CheckpointError, ConfigError
 from molora.eval.answer import fresh_answers
 from molora.eval.collect import count_routing
@@ -57,7 +57,7 @@ def run_demo(configs: Sequence[Path], out: Path, overrides: Sequence[str], conso
     tokenizer = load_tokenizer(first.model)
     data = prepare_data(first.data, tokenizer, first.training.seed)
     console.print(f"base: {model_folder(first.model.model_name_or_path).name}, {first.model.dtype}", highlight=False)
-    console.print(_domains(first, data))
+    console.print(data_table(first.data.domains, data.train_records, data.heldout_records, data.heldout))
     results: dict[str, Any] = {BASE: _scores(load_base(first.model), tokenizer, data)}
     for name, arguments in runs.items():
         console.rule(f"Training {name}")
@@ -86,14 +86,6 @@ def _comparable(runs: list[Arguments], out: Path) -> dict[str, Arguments]:
     for run in runs:
         run.training.output_dir = os.fspath(out / run.mixture.recipe)
     return dict(zip(names, [runs[0], *(matched(r, runs[0]) for r in runs[1:])], strict=True))
-
-
-def _domains(arguments: Arguments, data: Data) -> Any:
-    labels = {n: sum(x != IGNORED for row in rows for x in row["labels"][1:]) for n, rows in data.heldout.items()}
-    sources = arguments.data.domains
-    return data_table(
-        {n: (sources[n], data.train_records[n], len(data.heldout_records[n]), labels[n]) for n in sources}
-    )
 
 
 def _one_run(arguments: Arguments, tokenizer: Any, data: Data, out: Path, console: Console) -> dict[str, Any]:

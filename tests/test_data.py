@@ -74,7 +74,9 @@ def test_many_bad_lines_are_counted(tmp_path: Path) -> None:
         read_jsonl(jsonl(tmp_path / "d.jsonl", [{}] * 20))
 
 
-@pytest.mark.parametrize(("name", "said"), [("none.jsonl", "does not exist"), (".", "is a folder"), ("e", "no records")])
+@pytest.mark.parametrize(
+    ("name", "said"), [("none.jsonl", "does not exist"), (".", "is a folder"), ("e", "no records")]
+)
 def test_no_file_or_nothing_in_it(tmp_path: Path, name: str, said: str) -> None:
     (tmp_path / "e").write_text("\n \n")
     with pytest.raises(ConfigError, match=said):
@@ -85,7 +87,9 @@ def test_no_file_or_nothing_in_it(tmp_path: Path, name: str, said: str) -> None:
 
 RECORDS = st.lists(
     st.one_of(
-        st.builds(lambda t, g: Record(text=f"text {t}", group=g), st.integers(0, 30), st.sampled_from(["", "a", "b", "c"])),
+        st.builds(
+            lambda t, g: Record(text=f"text {t}", group=g), st.integers(0, 30), st.sampled_from(["", "a", "b", "c"])
+        ),
         st.builds(lambda q, a: chat(f"question {q}", f"answer {a}"), st.integers(0, 12), st.integers(0, 3)),
     ),
     min_size=2,
@@ -183,7 +187,9 @@ def test_templates_that_cannot_be_used() -> None:
 
 
 def test_the_mask_follows_lengths_where_padding_is_the_end_token() -> None:
-    batch = Collator(9)([Example(input_ids=[1, 9], labels=[IGNORED, 9]), Example(input_ids=[4, 5, 9], labels=[4, 5, 9])])
+    batch = Collator(9)(
+        [Example(input_ids=[1, 9], labels=[IGNORED, 9]), Example(input_ids=[4, 5, 9], labels=[4, 5, 9])]
+    )
     assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
     assert batch["input_ids"].tolist() == [[1, 9, 9], [4, 5, 9]]
     assert batch["labels"].tolist() == [[IGNORED, 9, IGNORED], [4, 5, 9]]

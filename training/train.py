@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,14 +104,15 @@ def prepare_data(arguments: DataArguments, tokenizer: Any, seed: int) -> Data:
     return Data(rows, heldout, {n: held for n, (_, held) in kept.items()}, {n: count for n, (count, _) in kept.items()})
 
 
-def run(arguments: Arguments) -> Trained:
-    """Train one mixture and save its adapter folder to ``output_dir``.
+def run(arguments: Arguments, tell: Callable[[Data], None] = lambda _: None) -> Trained:
+    """Train one mixture and save its adapter folder to ``output_dir``; ``tell`` gets the data before training starts.
 
     Held-out loss per domain is logged when ``eval_strategy`` asks for it, as ``eval_<domain>_loss``.
     """
     settings, config = arguments.training, recipe_config(arguments.mixture)
     tokenizer = load_tokenizer(arguments.model)
     data = prepare_data(arguments.data, tokenizer, settings.seed)
+    tell(data)
     model = convert(load_base(arguments.model), config, seed=settings.seed)
     return train(model, tokenizer, data, settings)
 
