@@ -1,9 +1,13 @@
-"""A small adapter made by hand, saved, and changed in ways that leave its other promises kept."""
+"""A small adapter made by hand, saved, and changed in ways that leave its other promises kept.
+
+``python -m tests.folders tests/data/format_1`` wrote that fixture. A format that was released is never written anew.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -96,3 +100,7 @@ def joined(header: Any, data: bytes) -> bytes:
     """A safetensors file of a header (an object, or text as it is) and data."""
     raw = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(raw).to_bytes(8, "little") + raw + data
+
+
+if __name__ == "__main__":
+    save(Path(sys.argv[1]))

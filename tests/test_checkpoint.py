@@ -32,6 +32,12 @@ def test_what_is_saved_comes_back(tmp_path: Path):
     behaviours.assert_same(load_tensors(adapter), small_tensors())
 
 
+def test_format_1_stays_readable():
+    adapter = read_adapter(Path(__file__).parent / "data" / "format_1")
+    assert (adapter.config, adapter.sites, adapter.fingerprint) == (small_config(), small_sites(), FINGERPRINT)
+    behaviours.assert_same(load_tensors(adapter), small_tensors())
+
+
 def test_the_folder_is_pefts_layout_and_nothing_else(tmp_path: Path):
     save(tmp_path / "deep" / "new")
     files = contents(tmp_path / "deep" / "new")

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import stat
 import subprocess
@@ -79,6 +80,33 @@ def test_an_error_at_any_step_leaves_a_whole_adapter(fail: Callable[[], None], e
             assert f"{folder}: could not be saved" in said
         seen.add(check_after(folder, {1.0, 2.0}))
     assert seen == {1.0, 2.0}
+
+
+def interrupted(folder: Path, new: float, step: int) -> bool:
+    """Save ``new`` with an interrupt before ``step``; whether the save came so far."""
+    try:
+        with at_step(step, interrupt):
+            save(folder, small_tensors(new))
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+def test_a_second_save_that_dies_finds_what_the_first_one_left(tmp_path: Path):
+    for step in range(1, number_of_steps(tmp_path / "count")):
+        half = tmp_path / "half"
+        shutil.rmtree(half, ignore_errors=True)
+        save(half, small_tensors(1.0))
+        interrupted(half, 2.0, step)
+        if (half / crashes.staged.NEXT).exists() and value(half) == 2.0:
+            break
+    else:
+        pytest.fail("no step leaves new weights beside the old config")
+    step, seen = 1, set()
+    while interrupted(shutil.copytree(half, tmp_path / f"{step}"), 3.0, step):
+        seen.add(check_after(tmp_path / f"{step}", {2.0, 3.0}))
+        step += 1
+    assert seen == {2.0, 3.0}
 
 
 def test_what_is_renamed_is_on_the_disk_before_and_known_there_after(tmp_path: Path):
