@@ -83,7 +83,7 @@ def add_aux_loss(model: nn.Module, mixture: Mixture, outputs: Any, frame: Frame,
     if not isinstance(outputs, dict):
         raise ConfigError(
             f"{type(model).__name__}: got a {type(outputs).__name__} as its output in training, expected a "
-            "transformers output, a dict or a tuple for the balance loss; return one, or set that loss to 0"
+            "transformers output, a dict or a tuple for the balance loss; return one, or set its coefficient to 0"
         )
     values = dict(outputs)
     base_loss = values.get("loss")

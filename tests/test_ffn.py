@@ -185,7 +185,7 @@ def test_rows_equal_slots():
 def test_an_output_without_a_place_for_the_balance_loss():
     """A bare tensor is refused in training, with the remedy; a dict gets the keys."""
     model = molora.convert(toy("plain"), "mixlora", r=R, num_experts=E).train()
-    with pytest.raises(ConfigError, match="got a Tensor as its output.*or set that loss to 0"):
+    with pytest.raises(ConfigError, match="got a Tensor as its output.*or set its coefficient to 0"):
         model(torch.arange(10).view(2, 5))
 
     class Named(Toy):
