@@ -125,7 +125,8 @@ def _head(model: nn.Module, config: MoloraConfig, sites: tuple[SiteConfig, ...],
         raise TargetError(f"{type(model).__name__}: its config names no hidden_size, which a model-wide router needs")
     device = _place(model)[0]
     start = torch.device("meta") if device.type == "meta" else torch.device("cpu")
-    head = HiddenRouter(hidden, sites[0].num_experts, wide[0].router, wide[0].gate, len(sites), start)
+    experts = next(s.num_experts for s in sites if config.placements[s.placement].router.scope == "model")
+    head = HiddenRouter(hidden, experts, wide[0].router, wide[0].gate, len(sites), start)
     if start.type != "meta":
         head.reset_parameters(generator(seed, HEAD))
     return head.to(device).train(model.training)

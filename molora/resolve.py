@@ -76,6 +76,10 @@ class _Resolver:
             raise ConfigError(
                 f"{c.path}: top_k: got {top_k} with {experts} experts on layer {c.layer}, expected at most {experts}"
             )
+        if experts % p.gate.partition:
+            raise ConfigError(
+                f"{c.path}: got {experts} experts, expected a multiple of {p.gate.partition} (ranks that share a logit)"
+            )
         alpha = _pattern(self.config.alpha_pattern, c.path, p.lora_alpha)
         divisor = {"r": r, "sqrt_r": math.sqrt(r), "top_k": top_k or 1}[p.scale_by]
         return experts, (1 if p.rank_one else r,), (alpha / divisor * p.global_scale,), top_k

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from molora.parts import MOST
 from molora.strict import Strict, at_least, choice
 
 __all__ = ["SiteConfig"]
@@ -38,12 +39,12 @@ class SiteConfig(Strict):
         """Values out of range and options that contradict each other."""
         out = choice("role", self.role, ("linear", "up", "down", "rows"))
         for name in ("in_features", "out_features", "num_experts"):
-            out += at_least(name, getattr(self, name), 1)
+            out += at_least(name, getattr(self, name), 1, 2**32 if name != "num_experts" else MOST)
         for name, values in (("ranks", self.ranks), ("scales", self.scales)):
             if len(values) not in (0, 1, self.num_experts):
                 out.append(f"{name}: got {len(values)} values for {self.num_experts} experts, expected 1 or one each")
-        if any(r < 0 or r > 2**20 for r in self.ranks):
-            out.append(f"ranks: got {self.ranks}, expected values from 0 to {2**20}")
+        if self.ranks:
+            out += at_least("ranks", self.ranks, 0, MOST)
         if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
             out.append(f"top_k: got {self.top_k} with {self.num_experts} experts")
         return out

@@ -2,41 +2,93 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import re
+import reprlib
+import threading
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from molora.errors import ConfigError, nearest
 
-__all__ = ["PerLayer", "Strict", "at_least", "choice"]
+__all__ = ["PerLayer", "Strict", "all_faults", "at_least", "choice", "matches", "shown", "type_name"]
 
 PerLayer = int | tuple[int, ...]
 T = TypeVar("T", bound="Strict")
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_SHORT.maxtuple = _SHORT.maxlist = _SHORT.maxdict = 12
+_LARGEST = 3e38  # just inside float32; NaN and infinity are not below it
+_BLANKS: dict[Any, Any] = {str: "", int: 1, float: 1.0, bool: False}  # for a required value that is not there
 
 
-def _matches(value: object, hint: Any) -> bool:
+def shown(value: object) -> str:
+    """A short form of any value for a message; never raises."""
+    try:
+        return _SHORT.repr(value)
+    except Exception:  # noqa: BLE001 a caller's own __repr__, or an integer too long to print
+        return f"a {type(value).__name__}"
+
+
+def matches(value: object, hint: Any) -> bool:
+    """Whether a value is of an annotated type: no bool for an int, no NaN for a float; an int passes as a float."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(_matches(value, a) for a in args)
+        return any(matches(value, a) for a in args)
     if origin is tuple:
         if not isinstance(value, tuple):
             return False
         if args[-1] is Ellipsis:
-            return all(_matches(v, args[0]) for v in value)
-        return len(value) == len(args) and all(_matches(v, a) for v, a in zip(value, args, strict=True))
+            return all(matches(v, args[0]) for v in value)
+        return len(value) == len(args) and all(matches(v, a) for v, a in zip(value, args, strict=True))
+    if origin is not None and issubclass(origin, Mapping):
+        pairs = value.items() if isinstance(value, Mapping) else None
+        return pairs is not None and all(matches(k, args[0]) and matches(v, args[1]) for k, v in pairs)
     if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return value is None if hint is type(None) else isinstance(value, hint)
+    return value is None if hint is type(None) else isinstance(value, origin or hint)
 
 
-def _name(hint: Any) -> str:
-    return getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint)  # type: ignore[return-value]
+def type_name(hint: Any) -> str:
+    """An annotation in words for a message."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(type_name(a) for a in typing.get_args(hint))
+    if hint is type(None):
+        return "None"
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+
+
+class _Collector(threading.local):
+    found: list[str] | None = None
+
+
+_collector = _Collector()
+
+
+@contextlib.contextmanager
+def all_faults(title: str) -> Iterator[None]:
+    """Within the block faulty configs are built all the same; at its end one ConfigError names the faults of all."""
+    before, found = _collector.found, []  # type: ignore[var-annotated]
+    _collector.found = found
+    try:
+        yield
+    except ConfigError as e:
+        found.append(str(e))
+    finally:
+        _collector.found = before
+    if found:
+        raise ConfigError(_listed(title, list(dict.fromkeys(found))))
+
+
+def _listed(title: str, faults: Sequence[str]) -> str:
+    return f"{title} is not valid:\n- " + "\n- ".join(f.replace("\n", "\n  ") for f in faults)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,19 +96,40 @@ class Strict:
     """Base of the config classes: checked on construction, exact to and from plain JSON values."""
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        faults = [
-            f"{f.name}: got {getattr(self, f.name)!r}, expected {_name(hints[f.name])}"
-            for f in dataclasses.fields(self)
-            if not _matches(getattr(self, f.name), hints[f.name])
-        ]
-        faults = faults or self.faults()
-        if faults:
-            raise ConfigError(f"{type(self).__name__} is not valid:\n- " + "\n- ".join(faults))
+        faults = self._examine({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        if faults and _collector.found is None:
+            raise ConfigError(_listed(type(self).__name__, faults))
+        if faults and _collector.found is not None:
+            _collector.found += faults
+            object.__setattr__(self, "_faulty", True)
 
     def faults(self) -> list[str]:
         """Every rule that the (well-typed) values break, in words; an empty list when all is well."""
         return []
+
+    @classmethod
+    def _examine(cls, values: Mapping[str, Any]) -> list[str]:
+        """Faults of type, and of the rules as far as the well-typed values go; the rest stands at its defaults."""
+        hints, faults, replaced = typing.get_type_hints(cls), [], []
+        probe = object.__new__(cls)
+        for f in dataclasses.fields(cls):
+            value = values.get(f.name, dataclasses.MISSING)
+            if value is not dataclasses.MISSING and not matches(value, hints[f.name]):
+                faults.append(f"{f.name}: got {shown(value)}, expected {type_name(hints[f.name])}")
+            elif value is not dataclasses.MISSING and not _is_faulty(value):
+                object.__setattr__(probe, f.name, value)
+                continue
+            replaced.append(f.name)
+            if f.default is not dataclasses.MISSING:
+                object.__setattr__(probe, f.name, f.default)
+            elif f.default_factory is not dataclasses.MISSING:
+                object.__setattr__(probe, f.name, f.default_factory())
+            elif hints[f.name] in _BLANKS or typing.get_origin(hints[f.name]) is tuple:
+                object.__setattr__(probe, f.name, _BLANKS.get(hints[f.name], ()))
+            else:
+                return faults  # the rules cannot be tried without it
+        names = re.compile(r"\b(" + "|".join(replaced) + r")\b") if replaced else None
+        return faults + [fault for fault in probe.faults() if names is None or not names.search(fault)]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values (dicts, lists, numbers, strings, booleans, None), in field order."""
@@ -70,10 +143,10 @@ class Strict:
             ConfigError: naming every unknown, missing, ill-typed or out-of-range entry at once.
         """
         if not isinstance(data, Mapping):
-            raise ConfigError(f"{cls.__name__}: got {type(data).__name__}, expected an object with named entries")
+            raise ConfigError(f"{cls.__name__}: got {shown(data)}, expected an object with named entries")
         known = {f.name: f for f in dataclasses.fields(cls)}
         hints = typing.get_type_hints(cls)
-        faults = [f"unknown entry {k!r}{nearest(str(k), known)}" for k in data if k not in known]
+        faults = [f"unknown entry {shown(k)}{nearest(str(k)[:80], known)}" for k in data if k not in known]
         values: dict[str, Any] = {}
         for name, f in known.items():
             if name not in data:
@@ -84,13 +157,18 @@ class Strict:
                 values[name] = _rich(data[name], hints[name])
             except ConfigError as e:
                 faults.append(f"{name}: {e}")
-        if not faults:
-            return cls(**values)
-        raise ConfigError(f"{cls.__name__} is not valid:\n- " + "\n- ".join(faults))
+        if faults:
+            raise ConfigError(_listed(cls.__name__, faults + cls._examine(values)))
+        return cls(**values)
 
     def replace(self: T, **changes: Any) -> T:
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
+
+
+def _is_faulty(value: Any) -> bool:
+    parts = value if isinstance(value, tuple) else (value,)
+    return any(isinstance(v, Strict) and getattr(v, "_faulty", False) for v in parts)
 
 
 def _plain(value: Any) -> Any:
@@ -107,7 +185,9 @@ def _rich(value: Any, hint: Any) -> Any:
         return _rich(value, tuples[0]) if isinstance(value, list) and tuples else value
     if origin is tuple and isinstance(value, list):
         inner = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        return tuple(_rich(v, h) for v, h in zip(value, inner, strict=False))
+        if len(inner) != len(value):
+            return tuple(value)
+        return tuple(_rich(v, h) for v, h in zip(value, inner, strict=True))
     if isinstance(hint, type) and issubclass(hint, Strict):
         return hint.from_dict(value)
     return value
@@ -115,14 +195,17 @@ def _rich(value: Any, hint: Any) -> Any:
 
 def choice(name: str, value: str, allowed: Sequence[str]) -> list[str]:
     """The fault of a value that is not among ``allowed``, or nothing."""
-    return [] if value in allowed else [f"{name}: got {value!r}, expected one of {', '.join(map(repr, allowed))}"]
+    return [] if value in allowed else [f"{name}: got {shown(value)}, expected one of {', '.join(map(repr, allowed))}"]
 
 
-def at_least(name: str, value: PerLayer | float | None, low: float) -> list[str]:
-    """The fault of a number, or one of a tuple, below ``low``, or nothing; None passes."""
+def at_least(name: str, value: PerLayer | float | None, low: float, high: float = math.inf) -> list[str]:
+    """The fault of a number, or one of a tuple, below ``low`` or above ``high``, or nothing; None passes."""
     if value is None:
         return []
     values = value if isinstance(value, tuple) else (value,)
-    if values and all(v >= low for v in values):
-        return []
-    return [f"{name}: got {value!r}, expected {'values' if isinstance(value, tuple) else 'a value'} of at least {low}"]
+    what = "values" if isinstance(value, tuple) else "a value"
+    if not values or any(v < low for v in values):
+        return [f"{name}: got {shown(value)}, expected {what} of at least {low}"]
+    if any(v > high for v in values):
+        return [f"{name}: got {shown(value)}, expected {what} of at most {high:.0f}"]
+    return []

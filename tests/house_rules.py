@@ -17,7 +17,15 @@ Row = tuple[int, tuple[str, ...]]
 ROWS: tuple[Row, ...] = (
     (
         0,
-        ("molora.errors", "molora.strict", "molora.strict_json", "molora.config", "molora.site", "molora.routing")
+        (
+            "molora.errors",
+            "molora.strict",
+            "molora.strict_json",
+            "molora.parts",
+            "molora.config",
+            "molora.site",
+            "molora.routing",
+        )
         + ("molora.context",),
     ),
     (1, ("molora.tensor_file", "molora.staged")),

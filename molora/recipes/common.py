@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from molora.config import BalanceConfig, MoloraConfig, Placement
 from molora.errors import ConfigError, nearest
-from molora.strict import PerLayer
+from molora.strict import PerLayer, all_faults, matches, shown, type_name
 
 __all__ = ["Common", "recipe"]
 
@@ -76,8 +77,8 @@ class Common:
             exclude_modules=_names(self.exclude_modules),
             layers_to_transform=(layers,) if isinstance(layers, int) else as_tuple(layers),
             modules_to_save=_names(self.modules_to_save),
-            rank_pattern=_pairs("rank_pattern", self.rank_pattern),
-            alpha_pattern=_pairs("alpha_pattern", self.alpha_pattern),
+            rank_pattern=tuple((self.rank_pattern or {}).items()),
+            alpha_pattern=tuple((self.alpha_pattern or {}).items()),
             kernel=self.kernel,
             released=self.released,
             **own,
@@ -87,7 +88,7 @@ class Common:
 def as_tuple(value: Any) -> Any:
     """Lists and sets become tuples (sets sorted), everything else stays."""
     if isinstance(value, set | frozenset):
-        return tuple(sorted(value))
+        return tuple(sorted(value, key=repr))
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -95,23 +96,17 @@ def _names(value: Any) -> Any:
     return (value,) if isinstance(value, str) else as_tuple(value)
 
 
-def _pairs(name: str, value: Any) -> tuple[tuple[str, Any], ...]:
-    if value is not None and not isinstance(value, Mapping):
-        raise ConfigError(f"{name}: got {type(value).__name__}, expected a mapping of name ending to value")
-    return tuple((str(k), v) for k, v in (value or {}).items())
-
-
 def folders(name: str, adapters: Mapping[str, str | os.PathLike[str]] | None) -> tuple[tuple[str, str], ...]:
     """``{name: folder}`` as the config keeps it, in the given order (the order of the experts)."""
-    if not isinstance(adapters, Mapping) or not adapters:
+    if not adapters:
         raise ConfigError(
-            f"{name}: adapters: got {adapters!r}, expected {{name: folder}} with at least one PEFT LoRA folder"
+            f"adapters: got {adapters!r}, expected {{name: folder}} with at least one PEFT LoRA folder for {name}"
         )
-    return tuple((str(k), os.fspath(v)) for k, v in adapters.items())
+    return tuple((k, os.fspath(v)) for k, v in adapters.items())
 
 
 def recipe(*, released: Mapping[str, Any] | None = None, **defaults: Any) -> Callable[[Recipe], Recipe]:
-    """Give a recipe the common options, with ``defaults`` of its own, and check option names.
+    """Give a recipe the common options, with ``defaults`` of its own, and check options: names, types, then values.
 
     ``released`` holds what released code uses instead of the paper's values; it applies to options not given.
     """
@@ -122,21 +117,34 @@ def recipe(*, released: Mapping[str, Any] | None = None, **defaults: Any) -> Cal
         params = [*own.values()] + [
             inspect.Parameter(k, inspect.Parameter.KEYWORD_ONLY, default=v) for k, v in shared.items() if k not in own
         ]
+        hints = {**typing.get_type_hints(Common), **typing.get_type_hints(function)}
 
         @functools.wraps(function)
         def build(**options: Any) -> MoloraConfig:
-            for key in options:
-                if key not in own and key not in shared:
-                    known = [*own, *shared]
-                    raise ConfigError(
-                        f"{function.__name__}: unknown option {key!r}{nearest(key, known)} Known: {', '.join(known)}."
-                    )
+            name, options = function.__name__, {k: as_tuple(v) for k, v in options.items()}
+            _check_options(name, options, {k: hints[k] for k in (*own, *shared)})
             if options.get("released"):
                 options = {**(released or {}), **options}
-            common = Common(**{k: options.pop(k, v) for k, v in shared.items() if k not in own})
-            return function(common=common, **{k: as_tuple(v) for k, v in options.items()})
+            with all_faults(name):
+                common = Common(**{k: options.pop(k, v) for k, v in shared.items() if k not in own})
+                config = function(common=common, **options)
+            return config
 
         build.__signature__ = inspect.Signature(params)  # type: ignore[attr-defined]
         return build
 
     return decorate
+
+
+def _check_options(name: str, options: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
+    """ConfigError for unknown names (the nearest named) and values of a wrong type, all of them at once."""
+    unknown = [f"{k!r}{nearest(k, hints)}" for k in options if k not in hints]
+    known = f" Known: {', '.join(hints)}." if unknown else ""
+    faults = [f"{name}: unknown option {', '.join(unknown)}{known}"] if unknown else []
+    faults += [
+        f"{name}: {k}: got {shown(v)}, expected {type_name(hints[k])}"
+        for k, v in options.items()
+        if k in hints and not matches(v, hints[k])
+    ]
+    if faults:
+        raise ConfigError("\n".join(faults))

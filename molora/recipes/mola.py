@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from molora.config import GateConfig, MoloraConfig
+from molora.errors import ConfigError
 from molora.recipes.common import Common, recipe
 from molora.strict import PerLayer
 
@@ -29,7 +30,11 @@ def mola(
     digits (``"2468"``, ``"8642"``, ``"8228"``, ``"2882"``, ``"5555"``, ``"8888"``). ``released=True``: f and P pooled
     over the batch and a layer's routers, summed over layers, padding counted, dropout 0.05.
     """
-    experts = ALLOCATIONS.get(num_experts, num_experts) if isinstance(num_experts, str) else num_experts
+    if isinstance(num_experts, str) and num_experts not in ALLOCATIONS:
+        raise ConfigError(
+            f"num_experts: got {num_experts!r}, expected a number, a tuple, or one of {', '.join(ALLOCATIONS)}"
+        )
+    experts = ALLOCATIONS[num_experts] if isinstance(num_experts, str) else num_experts
     pooled = {"pooling": "layer", "reduction": "sum", "mask_padding": False} if common.released else {}
     placement = common.placement(
         num_experts=experts,
