@@ -57,6 +57,8 @@ class AdapterConfig(Strict):
 
     def faults(self) -> list[str]:
         """What no single field shows: the format, paths and placements of the sites, and sizes out of all reason."""
+        if not isinstance(self.config, MoloraConfig) or not isinstance(self.fingerprint, dict):
+            return []  # ill-typed entries, which are faults of their own, stand as blanks here
         out = [] if self.molora_format == FORMAT else [f"molora_format: got {self.molora_format}, expected {FORMAT}"]
         out += fingerprint_faults(self.fingerprint)
         twice = [p for p, n in Counter(s.path for s in self.sites).items() if n > 1]
