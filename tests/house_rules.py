@@ -25,8 +25,8 @@ ROWS: tuple[Row, ...] = (
             "molora.config",
             "molora.site",
             "molora.routing",
-        )
-        + ("molora.context",),
+            "molora.context",
+        ),
     ),
     (1, ("molora.tensor_file", "molora.staged")),
     (1, ("molora.recipes",)),
