@@ -162,7 +162,7 @@ def force_experts(model: nn.Module, experts: list[int]) -> list[Any]:
     """Hooks that make every router prefer ``experts``; the handles, to take them off again."""
 
     def prefer(module: nn.Module, args: Any, logits: Tensor) -> Tensor:
-        push = torch.zeros(logits.shape[-1])
+        push = torch.full(logits.shape[-1:], -50.0)
         push[experts] = 50.0
         return logits + push
 

@@ -1,4 +1,4 @@
-"""What must not matter: the other rows of a batch, padding and its side, who computed before, and in which thread state."""
+"""What must not matter: the other rows of a batch, padding and its side, and who computed before."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def rows_of(inputs: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
 
 
 def clear_choices(records: list[Any], rows: int) -> list[tuple[Tensor, Tensor]]:
-    """(ids sorted (rows, tokens, K), whether the choice is clear (rows, tokens)) a record; nothing for dense routers."""
+    """A record: (sorted ids (rows, tokens, K), whether the choice is clear (rows, tokens)); none for dense routers."""
     out = []
     for r in records:
         if r.ids is None:
             continue
         K, ranked = r.ids.shape[1], r.logits.sort(-1, descending=True).values
-        clear = ranked[:, K - 1] - ranked[:, K] > 1e-4 if K < ranked.shape[1] else torch.ones(len(ranked)).bool()
+        clear = ranked[:, K - 1] - ranked[:, K] > 1e-4 if ranked.shape[1] > K else torch.ones(len(ranked)).bool()
         out.append((r.ids.sort(-1).values.view(rows, -1, K), clear.view(rows, -1)))
     return out
 

@@ -87,7 +87,9 @@ MORE: dict[str, Callable[[], Any]] = {
     "whisper": lambda: tf.WhisperForConditionalGeneration(tf.WhisperConfig(**WHISPER, **TOKENS)),
     "clip": lambda: tf.CLIPModel(
         tf.CLIPConfig(
-            text_config={**SHARED, **TOKENS}, vision_config={**VISION, "image_size": 16, "patch_size": 8}, projection_dim=16
+            text_config={**SHARED, **TOKENS},
+            vision_config={**VISION, "image_size": 16, "patch_size": 8},
+            projection_dim=16,
         )
     ),
 }  # fmt: skip
