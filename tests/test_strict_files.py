@@ -13,11 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from molora.checkpoint import read_adapter
 from molora.errors import AdapterError
 from molora.strict_json import MAX_DEPTH, open_regular, parse_object, read_object
 from molora.tensor_file import TensorFile
 from tests import attacks, behaviours
-from tests.folders import contents, joined, parts, save, small_tensors
+from tests.folders import contents, forge, joined, parts, save, small_sites, small_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -181,6 +182,28 @@ def test_what_is_taken_the_library_takes_too(header: dict[str, Any], size: int):
     finally:
         path.unlink()
     behaviours.assert_same(tensors, safetensors.torch.load(raw))
+
+
+@pytest.mark.parametrize("path", ["a\nb", "", "a..b", ".a", "a\u202eb", "a" * 1000])
+def test_a_site_of_no_possible_name(path: str, tmp_path: Path):
+    """Weights and config agree on the name, so only the name itself can give it away."""
+    first = small_sites()[0].path
+    named = {n.replace(first, path): t for n, t in safetensors.torch.load(contents(save(tmp_path))[WEIGHTS]).items()}
+    forge(tmp_path, weights=safetensors.torch.save(named), edit=lambda c: c["sites"][0].update(path=path))
+    with pytest.raises(AdapterError, match="names joined by dots"):
+        read_adapter(tmp_path)
+
+
+def test_experts_without_ranks_do_not_come_in_billions(tmp_path: Path):
+    """No tensor tells of them, but building their bank would spell out a scale for each."""
+    many = {"num_experts": 2**20, "ranks": [0], "scales": [1.0], "lead": False, "path": "a"}
+    sites = [{**small_sites()[0].to_dict(), **many, "path": f"a{i}", "top_k": None} for i in range(20)]
+    edges = {"lora_A": torch.ones(0, 4), "lora_B": torch.ones(6, 0)}
+    named = {f"base_model.model.{s['path']}.bank.{n}": t for s in sites for n, t in edges.items()}
+    save(tmp_path)
+    forge(tmp_path, weights=safetensors.torch.save(named), edit=lambda c: c.update(sites=sites))
+    with pytest.raises(AdapterError, match="experts in all"):
+        read_adapter(tmp_path)
 
 
 def test_the_small_adapter_is_what_the_library_reads(tmp_path: Path):
