@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import re
 import reprlib
@@ -96,12 +97,14 @@ class Strict:
     """Base of the config classes: checked on construction, exact to and from plain JSON values."""
 
     def __post_init__(self) -> None:
-        faults = self._examine({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        faults = self._examine(values)
         if faults and _collector.found is None:
             raise ConfigError(_listed(type(self).__name__, faults))
         if faults and _collector.found is not None:
             _collector.found += faults
-            object.__setattr__(self, "_faulty", True)
+            hints = _hints(type(self))
+            object.__setattr__(self, "_ill_typed", not all(matches(v, hints[k]) for k, v in values.items()))
 
     def faults(self) -> list[str]:
         """Every rule that the (well-typed) values break, in words; an empty list when all is well."""
@@ -110,13 +113,13 @@ class Strict:
     @classmethod
     def _examine(cls, values: Mapping[str, Any]) -> list[str]:
         """Faults of type, and of the rules as far as the well-typed values go; the rest stands at its defaults."""
-        hints, faults, replaced = typing.get_type_hints(cls), [], []
+        hints, faults, replaced = _hints(cls), [], []
         probe = object.__new__(cls)
         for f in dataclasses.fields(cls):
             value = values.get(f.name, dataclasses.MISSING)
             if value is not dataclasses.MISSING and not matches(value, hints[f.name]):
                 faults.append(f"{f.name}: got {shown(value)}, expected {type_name(hints[f.name])}")
-            elif value is not dataclasses.MISSING and not _is_faulty(value):
+            elif value is not dataclasses.MISSING and not _holds_ill_typed(value):
                 object.__setattr__(probe, f.name, value)
                 continue
             replaced.append(f.name)
@@ -145,7 +148,7 @@ class Strict:
         if not isinstance(data, Mapping):
             raise ConfigError(f"{cls.__name__}: got {shown(data)}, expected an object with named entries")
         known = {f.name: f for f in dataclasses.fields(cls)}
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         faults = [f"unknown entry {shown(k)}{nearest(str(k)[:80], known)}" for k in data if k not in known]
         values: dict[str, Any] = {}
         for name, f in known.items():
@@ -166,9 +169,14 @@ class Strict:
         return dataclasses.replace(self, **changes)
 
 
-def _is_faulty(value: Any) -> bool:
+@functools.cache
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _holds_ill_typed(value: Any) -> bool:
     parts = value if isinstance(value, tuple) else (value,)
-    return any(isinstance(v, Strict) and getattr(v, "_faulty", False) for v in parts)
+    return any(isinstance(v, Strict) and getattr(v, "_ill_typed", False) for v in parts)
 
 
 def _plain(value: Any) -> Any:

@@ -24,8 +24,9 @@ def mola(
     init_noise: float = 0.01,
     common: Common,
 ) -> MoloraConfig:
-    """MoLA (Gao et al. 2024, arXiv 2402.08562, sec. 3): per linear, softmax over N_j experts, top-2, renormalised.
+    """MoLA (Gao et al. 2024, arXiv 2402.08562, sec. 3): ``y = W x + sum_{e in top-k} w_e (alpha / r) B_e A_e x``.
 
+    On every linear, w = softmax over the N_j experts of layer j, the k largest renormalised to sum 1.
     ``num_experts``: one number, a tuple spread over the layers in equal parts, or a published allocation by its
     digits (``"2468"``, ``"8642"``, ``"8228"``, ``"2882"``, ``"5555"``, ``"8888"``). ``released=True``: f and P pooled
     over the batch and a layer's routers, summed over layers, padding counted, dropout 0.05.
