@@ -160,6 +160,7 @@ class MoloraConfig(Strict):
         selects = [p.select for p in self.placements]
         if len(set(selects)) < len(selects) or ("all" in selects and len(selects) > 1):
             out.append(f"placements: got select={selects}, expected 'all' alone, or 'ffn' and 'rest' once each at most")
-        if self.init_from and any(p.imported for p in self.placements):
-            out.append("init_from: got a folder for experts that are ready-made, expected none")
+        given = [n for n in ("init_from", "rank_pattern", "alpha_pattern") if getattr(self, n)]
+        if given and any(p.imported for p in self.placements):
+            out.append(f"{', '.join(given)}: got values for experts that are ready-made, expected none")
         return out + at_least("init_noise", self.init_noise, 0)

@@ -10,7 +10,7 @@ from typing import TypeVar
 from torch import nn
 
 from molora.config import MoloraConfig, Placement, per_layer
-from molora.errors import AdapterError, ConfigError, TargetError
+from molora.errors import AdapterError, ConfigError, TargetError, nearest
 from molora.interop.peft_lora import LoraAdapter
 from molora.site import SiteConfig
 from molora.strict import PerLayer
@@ -167,6 +167,13 @@ def resolve(model: nn.Module, config: MoloraConfig, adapters: Mapping[str, LoraA
             "encoder-decoder has two; use a recipe with a router per module"
         )
     targets = _imported(model, config, modules, found) if modules else targeted(model, config, found)
+    for option, pairs in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for name, _ in pairs:
+            if not any(ends_with(t, name) for t in targets):
+                ends = sorted(_last(set(targets)))
+                raise TargetError(
+                    f"{option}: no adapted linear is named {name!r}{nearest(name, ends)} There are: {', '.join(ends)}"
+                )
     record, why = _try_trace(model)
     return tuple(_Resolver(model, config, found, modules, record, why).resolve(targets))
 
@@ -191,6 +198,4 @@ def _imported(
         refuse(model, path)
     if len(modules) > 1 and not any(sum(path in m for m in modules.values()) > 1 for path in union):
         raise AdapterError(f"adapters {list(modules)}: no module is adapted by two of them, so there is nothing to mix")
-    if config.target_modules != "all-linear":
-        union &= set(targeted(model, config, found))
-    return [p for p in found if p in union and not any(ends_with(p, e) for e in config.exclude_modules)]
+    return targeted(model, config, found, among=union)

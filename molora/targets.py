@@ -104,10 +104,14 @@ def refuse(model: nn.Module, path: str) -> None:
         )
 
 
-def targeted(model: nn.Module, config: MoloraConfig, found: Mapping[str, Candidate]) -> list[str]:
-    """Paths of the targeted linears, in module order."""
+def targeted(
+    model: nn.Module, config: MoloraConfig, found: Mapping[str, Candidate], among: set[str] | None = None
+) -> list[str]:
+    """Paths of the targeted linears, in module order; of those ``among`` only, where that is given."""
     wanted = config.target_modules
-    if wanted == "all-linear":
+    if wanted == "all-linear" and among is not None:
+        picked = [p for p in found if p in among]
+    elif wanted == "all-linear":
         stacks = _language_stacks(model, list(dict.fromkeys(c.stack for c in found.values() if c.layer >= 0)))
         picked = [
             c.path
@@ -118,18 +122,22 @@ def targeted(model: nn.Module, config: MoloraConfig, found: Mapping[str, Candida
             and not isinstance(_parent(model, c.path), nn.MultiheadAttention)
         ]
     else:
-        picked = _named(model, wanted, found)
+        picked = [p for p in _named(model, wanted, found) if among is None or p in among]
+    for name in config.exclude_modules:
+        _matching(model, "exclude_modules", name, found)
     picked = [p for p in picked if not any(ends_with(p, e) for e in config.exclude_modules)]
     layers = {c.layer for c in found.values()}
     unknown = [i for i in config.layers_to_transform if i not in layers]
     if unknown:
-        raise ConfigError(f"layers_to_transform: got {unknown}, expected indices from 0 to {max(layers)}")
+        last = max(layers, default=-1)
+        raise ConfigError(f"layers_to_transform: got {unknown}, expected indices from 0 to {last}")
     if config.layers_to_transform:
         picked = [p for p in picked if found[p].layer in config.layers_to_transform]
     if not picked:
         raise TargetError(
             f"target_modules={wanted!r} with exclude_modules={config.exclude_modules!r} matches no linear; there are: "
-            f"{', '.join(_endings(found)) or 'none at all'}"
+            f"{', '.join(_endings(found)) or 'none at all'}. A list holds name endings, a string is a regular "
+            "expression over whole paths"
         )
     return picked
 
@@ -138,23 +146,25 @@ def _endings(found: Mapping[str, Candidate]) -> list[str]:
     return list(dict.fromkeys(p.rpartition(".")[2] for p in found))
 
 
+def _matching(model: nn.Module, option: str, name: str, found: Mapping[str, Candidate]) -> list[str]:
+    """Paths that end with ``name``; TargetError with near misses when there are none."""
+    hits = [p for p, _ in model.named_modules() if p and ends_with(p, name)]
+    if not hits:
+        raise TargetError(
+            f"{option}: no module is named {name!r}{nearest(name, _endings(found))} "
+            f"The model's linears are named: {', '.join(_endings(found))}"
+        )
+    return hits
+
+
 def _named(model: nn.Module, wanted: str | tuple[str, ...], found: Mapping[str, Candidate]) -> list[str]:
-    paths = [p for p, _ in model.named_modules() if p]
     if isinstance(wanted, str):
         try:
-            matched = {p for p in paths if re.fullmatch(wanted, p)}
+            matched = {p for p in found if re.fullmatch(wanted, p)}
         except re.error as e:
             raise ConfigError(f"target_modules: got {wanted!r}, which is not a regular expression ({e})") from e
-        return [p for p in found if p in matched]
-    matched = set()
-    for name in wanted:
-        hits = [p for p in paths if ends_with(p, name)]
-        if not hits:
-            raise TargetError(
-                f"target_modules: no module is named {name!r}{nearest(name, _endings(found))} "
-                f"The model's linears are named: {', '.join(_endings(found))}"
-            )
-        for p in hits:
-            refuse(model, p)
-        matched.update(hits)
+    else:
+        matched = {p for name in wanted for p in _matching(model, "target_modules", name, found)}
+    for path in sorted(matched):
+        refuse(model, path)
     return [p for p in found if p in matched]
