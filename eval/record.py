@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -16,12 +15,14 @@ from molora.routing import Routing
 __all__ = ["RecordedRouting", "RoutingTape", "record_routing"]
 
 
-@dataclass
 class RecordedRouting(Routing):
     """A :class:`Routing` on the CPU, detached, with ``valid`` (T,) bool (real tokens) and ``rows`` (B)."""
 
-    valid: Tensor | None = None
-    rows: int = 1
+    def __init__(
+        self, weights: Tensor, ids: Tensor | None, probs: Tensor, logits: Tensor, valid: Tensor, rows: int
+    ) -> None:
+        super().__init__(weights, ids, probs, logits)
+        self.valid, self.rows = valid, rows
 
 
 class RoutingTape(dict[str, list[RecordedRouting]]):

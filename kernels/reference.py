@@ -9,25 +9,26 @@ baseline that other kernels have to beat. Dimension letters: ``molora/routing.py
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "contract_slots", "expand_slots", "rank_mix_concat", "rank_mix_loop"]
+__all__ = ["Layout", "contract_slots", "expand_slots", "mix_slots", "rank_mix_concat", "rank_mix_loop"]
 
 
 class Layout(NamedTuple):
     """How the packed ranks belong to experts.
 
     ``ranks``: rank per expert. ``scales``: factor per expert. ``expert_R``: (R,) int64, the expert of each rank.
-    ``scale_R``: (R,) float32. Uniform ranks or scales take the cheaper path.
+    ``scale_R``: (R,) float32. ``member_ER``: see :func:`members`; made anew when it is None.
     """
 
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
     expert_R: Tensor
     scale_R: Tensor
+    member_ER: Tensor | None = None
 
     @property
     def rank(self) -> int | None:
@@ -60,15 +61,20 @@ def rank_mix_loop(
 
 
 def gate_ranks(u_TR: Tensor, weights_TE: Tensor, layout: Layout) -> Tensor:
-    """Multiply each rank by its expert's weight, and by its scale where scales differ."""
-    rank, weights_TE = layout.rank, weights_TE.to(u_TR.dtype)
-    if rank == 1:
-        h_TR = u_TR * weights_TE
-    elif rank is not None:
-        h_TR = (u_TR.unflatten(-1, (len(layout.ranks), rank)) * weights_TE.unsqueeze(-1)).flatten(-2)
-    else:
-        h_TR = u_TR * weights_TE.index_select(-1, layout.expert_R)
-    return h_TR if layout.scale is not None else h_TR * layout.scale_R.to(u_TR.dtype)
+    """Multiply each rank by its expert's weight and scale; any leading dimensions. One rounding to u's dtype."""
+    if layout.scale is not None:
+        weights_TE = weights_TE * layout.scale
+    if layout.rank != 1:
+        member_ER = layout.member_ER if layout.member_ER is not None else members(layout.ranks, layout.expert_R)
+        weights_TE = weights_TE @ member_ER.to(weights_TE.dtype)
+    if layout.scale is None:
+        weights_TE = weights_TE * layout.scale_R
+    return u_TR * weights_TE.to(u_TR.dtype)
+
+
+def members(ranks: tuple[int, ...], expert_R: Tensor) -> Tensor:
+    """(E, R) float32: 1 in the columns of an expert's ranks, 0 elsewhere."""
+    return (expert_R == torch.arange(len(ranks), device=expert_R.device).unsqueeze(-1)).float()
 
 
 def rank_mix_concat(
@@ -85,7 +91,7 @@ def rank_mix_concat(
         h_TR = gate_ranks(h_TR, weights_TE, layout)
     elif layout.scale is None:
         h_TR = h_TR * layout.scale_R.to(h_TR.dtype)
-    scale = 1.0 if layout.scale is None else layout.scale
+    scale = layout.scale if weights_TE is None and layout.scale is not None else 1.0
     return torch.addmm(base_TO, h_TR, B_OR.t(), alpha=scale).to(base_TO.dtype)
 
 
@@ -97,8 +103,6 @@ def expand_slots(
     ``picks_TKE``: one-hot choices, all zero for an empty slot. The base product is done once per token.
     """
     h_TKR = gate_ranks((x_TD @ A_RD.t()).unsqueeze(1), picks_TKE, layout)
-    if layout.scale is not None:
-        h_TKR = h_TKR * layout.scale
     out_TKF: Tensor = (h_TKR.flatten(0, 1) @ B_FR.t()).unflatten(0, picks_TKE.shape[:2])
     out_TKF = out_TKF.to(base_TF.dtype)
     out_TKF += base_TF.unsqueeze(1)
@@ -109,7 +113,30 @@ def contract_slots(
     h_TKF: Tensor, weights_TK: Tensor, A_RF: Tensor, B_DR: Tensor, picks_TKE: Tensor, layout: Layout
 ) -> Tensor:
     """The adapters' share of the down projection: ``sum_k w[t, k] s B_e A_e h[t, k]``. Returns (T, D)."""
-    scale = 1.0 if layout.scale is None else layout.scale
     gates_TKE = picks_TKE * weights_TK.unsqueeze(-1)
     u_TKR = (h_TKF.flatten(0, 1) @ A_RF.t()).unflatten(0, h_TKF.shape[:2])
-    return scale * (gate_ranks(u_TKR, gates_TKE, layout).sum(1) @ B_DR.t())
+    return gate_ranks(u_TKR, gates_TKE, layout).sum(1) @ B_DR.t()
+
+
+class _MixSlots(torch.autograd.Function):
+    """One pass over the slots each way; the product (T, K, F) of the obvious form is never made forward."""
+
+    @staticmethod
+    def forward(ctx: Any, h_TKF: Tensor, weights_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(h_TKF, weights_TK)
+        slots, weights = h_TKF.unbind(1), weights_TK.unsqueeze(-1).unbind(1)
+        y_TF = slots[0] * weights[0]
+        for h_TF, w_T1 in zip(slots[1:], weights[1:], strict=True):
+            y_TF.addcmul_(h_TF, w_T1)
+        return y_TF
+
+    @staticmethod
+    def backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor, Tensor]:
+        h_TKF, weights_TK = ctx.saved_tensors
+        grad_T1F = grad_TF.unsqueeze(1)
+        return grad_T1F * weights_TK.unsqueeze(-1), (h_TKF * grad_T1F).sum(-1)
+
+
+def mix_slots(h_TKF: Tensor, weights_TK: Tensor) -> Tensor:
+    """``sum_k w[t, k] h[t, k]``, (T, F), both in one dtype; half the time of a product and a sum."""
+    return cast(Tensor, _MixSlots.apply(h_TKF, weights_TK))  # type: ignore[no-untyped-call]

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from molora.config import BalanceConfig
-from molora.context import Frame, Observation
+from molora.context import Frame, Report
 from molora.errors import ConfigError
 from molora.install import Mixture
-from molora.routers.balance import combine
+from molora.routers.balance import combine, observe_all
 
 __all__ = ["add_aux_loss", "predicted_labels"]
 
@@ -62,15 +62,16 @@ def add_aux_loss(model: nn.Module, mixture: Mixture, outputs: Any, frame: Frame,
     Raises:
         ConfigError: for an output of another kind, which has no place for the loss.
     """
-    if not frame.observations:
+    by_rule: dict[BalanceConfig, list[Report]] = defaultdict(list)
+    for report in frame.observations or ():
+        by_rule[report.rule].append(report)
+    observed = [(rule, seen) for rule, reports in by_rule.items() if (seen := observe_all(rule, reports))]
+    if not observed:
         return outputs
     weight_B = _weights(model, arguments, frame)
-    by_rule: dict[BalanceConfig, list[Observation]] = defaultdict(list)
-    for o in frame.observations:
-        by_rule[o.rule].append(o)
     total: Tensor | float = 0.0
     means = []
-    for rule, seen in by_rule.items():
+    for rule, seen in observed:
         device = seen[0].tensors[0].device
         loss, mean = combine(rule, seen, weight_B.to(device))
         total = total + rule.coef * loss

@@ -23,6 +23,7 @@ from molora.routing import Routing
 __all__ = [
     "Frame",
     "Observation",
+    "Report",
     "both_contexts",
     "checkpoint_contexts",
     "current",
@@ -34,6 +35,19 @@ __all__ = [
     "use",
     "valid_tokens",
 ]
+
+
+@dataclass
+class Report:
+    """What a router leaves for one balance rule; the rules look at it when the forward is over."""
+
+    site: str
+    layer: int
+    stream: str
+    rule: BalanceConfig
+    routing: Routing
+    valid_BS: Tensor
+    task_BS: Tensor | None
 
 
 @dataclass
@@ -63,7 +77,7 @@ class Frame:
     rows: int = 1
     gates: tuple[Routing, ...] | None = None
     pass_value: float | None = None
-    observations: list[Observation] | None = None
+    observations: list[Report] | None = None
     task_ids: Tensor | None = None
     tape: Any = None
     recompute: bool = False

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from molora import context
 from molora.config import Placement
-from molora.kernels.reference import contract_slots, expand_slots
+from molora.kernels.reference import contract_slots, expand_slots, mix_slots
 from molora.layers import MixtureLinear, Owner, RoutedModule
 from molora.routing import Routing
 from molora.site import SiteConfig
@@ -53,7 +53,7 @@ class FFNDown(MixtureLinear):
         h_TKF = h.flatten(0, -3) if h.ndim > 3 else h.reshape(-1, *h.shape[-2:])
         routing = self._of_block(h_TKF.shape[0])
         weights_TK = routing.weights.to(h.dtype)
-        mixed_TF = (h_TKF * weights_TK.unsqueeze(-1)).sum(1)
+        mixed_TF = mix_slots(h_TKF, weights_TK)
         y = self.base(mixed_TF.view(*h.shape[:-2], h.shape[-1]))
         y_TD = y.reshape(-1, y.shape[-1])
         if self.bias is not None and self.placement.gate.renormalize != "one":

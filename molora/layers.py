@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from molora import context
 from molora.bank import ExpertBank
 from molora.config import Placement
-from molora.context import Frame, Observation
+from molora.context import Frame, Report
 from molora.errors import ConfigError, MoloraError
 from molora.kernels.dispatch import rank_mix
 from molora.routers import BALANCES, BiasedRouter
@@ -100,24 +100,16 @@ class RoutedModule(nn.Module):
         valid_BS = context.valid_tokens(frame, self.site.mask, x_TI.shape[0], x_TI.device)
         if frame.tape is not None:
             frame.tape.add(self.site.path, routing, valid_BS)
-        if not wanted:
+        if not wanted or frame.observations is None:
             return
-        router = self.router if isinstance(self.router, BiasedRouter) else None
-        seen = Seen(routing, valid_BS, _task_BS(frame, valid_BS), router, frame.recompute)
+        task_BS = _task_BS(frame, valid_BS)
         for config in self.placement.balance:
-            tensors = BALANCES[config.kind].observe(config, seen)
-            counted_BS = valid_BS if config.mask_padding else torch.ones_like(valid_BS)
-            if tensors is not None and frame.observations is not None:
-                frame.observations.append(
-                    Observation(
-                        self.site.path,
-                        self.site.layer,
-                        config,
-                        self.site.num_experts,
-                        tensors,
-                        counted_BS.sum(1),
-                    )
-                )
+            if BALANCES[config.kind].at_router:
+                router = self.router if isinstance(self.router, BiasedRouter) else None
+                BALANCES[config.kind].observe(config, Seen(routing, valid_BS, task_BS, router, frame.recompute))
+            else:
+                place = (self.site.path, self.site.layer, self.site.mask)
+                frame.observations.append(Report(*place, config, routing, valid_BS, task_BS))
 
 
 def _task_BS(frame: Frame, valid_BS: Tensor) -> Tensor | None:

@@ -10,8 +10,6 @@ Dimension legend, used as suffixes in all tensor code (``weights_TK`` is a (T, K
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -22,34 +20,49 @@ __all__ = ["ROUTER_DTYPE", "Routing", "dense_weights", "gate"]
 ROUTER_DTYPE = torch.float32  # ST-MoE (arXiv 2202.08906) sec. 3.2: half-precision routers diverge
 
 
-@dataclass
 class Routing:
     """Where each token goes. Everything in float32 but the ids.
 
     ``weights``: (T, K). ``ids``: (T, K) int64, -1 where a slot is empty (its weight is 0); None when every expert is
-    used, and then the weights are (T, E). ``probs``: (T, E), the distribution before selection. ``logits``: (T, E).
+    used, and then the weights are (T, E). ``probs``: (T, E), the distribution before selection; given as None, it is
+    the softmax of ``logits / temperature``, computed when somebody asks. ``logits``: (T, E).
     """
 
-    weights: Tensor
-    ids: Tensor | None
-    probs: Tensor
-    logits: Tensor
+    def __init__(
+        self, weights: Tensor, ids: Tensor | None, probs: Tensor | None, logits: Tensor, temperature: float = 1.0
+    ) -> None:
+        self.weights, self.ids, self.logits = weights, ids, logits
+        self._probs, self.temperature = probs, temperature
+        self._slots: Tensor | None = None
+
+    @property
+    def has_probs(self) -> bool:
+        """Whether the probabilities were given, or were asked for before."""
+        return self._probs is not None
+
+    @property
+    def probs(self) -> Tensor:
+        """The distribution over all experts, (T, E)."""
+        if self._probs is not None:
+            return self._probs
+        probs_TE = (self.logits / self.temperature).softmax(-1)
+        if probs_TE.requires_grad == self.logits.requires_grad:  # not what somebody asked for under no_grad
+            self._probs = probs_TE
+        return probs_TE
 
     @property
     def num_experts(self) -> int:
         """E."""
-        return self.probs.shape[-1]
-
-    _slots: Tensor | None = None
+        return self.logits.shape[-1]
 
     def slots(self) -> Tensor:
         """The choices as one-hot rows, (T, K, E) float32; a row of zeros for an empty slot. Computed once."""
         if self._slots is None:
-            T, E = self.probs.shape
+            T, E = self.logits.shape
             if self.ids is None:
-                self._slots = torch.eye(E, dtype=ROUTER_DTYPE, device=self.probs.device).expand(T, E, E)
+                self._slots = torch.eye(E, dtype=ROUTER_DTYPE, device=self.logits.device).expand(T, E, E)
             else:
-                zeros_TKE = self.probs.new_zeros(*self.ids.shape, E)
+                zeros_TKE = self.weights.new_zeros(*self.ids.shape, E)
                 self._slots = zeros_TKE.scatter(
                     -1, self.ids.clamp_min(0).unsqueeze(-1), (self.ids >= 0).to(ROUTER_DTYPE).unsqueeze(-1)
                 )
@@ -82,6 +95,8 @@ def gate(
     on the values. ``top_k`` is the layer's own K (None: dense). ``rows`` is B, for a capacity per sequence.
     """
     logits_TE = logits_TE.to(ROUTER_DTYPE)
+    if top_k is not None and bias_E is None and config.activation == "softmax" and config.renormalize == "one":
+        return _softmax_of_chosen(logits_TE, config, top_k, rows)
     probs_TE = _activate(logits_TE, config)
     if config.top_p is not None:
         weights_TK, ids_TK = _nucleus(probs_TE, config.top_p)
@@ -95,6 +110,16 @@ def gate(
     if config.capacity is not None:
         weights_TK, ids_TK = _limit(weights_TK, ids_TK, config.capacity, logits_TE.shape[-1], rows)
     return Routing(weights_TK, ids_TK, probs_TE, logits_TE)
+
+
+def _softmax_of_chosen(logits_TE: Tensor, config: GateConfig, top_k: int, rows: int) -> Routing:
+    """Softmax over all, top-k, renormalised to 1: as a value, the softmax over the chosen logits."""
+    scaled_TE = logits_TE if config.temperature == 1.0 else logits_TE / config.temperature
+    ids_TK = scaled_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
+    weights_TK = _harden(scaled_TE.gather(1, ids_TK).softmax(-1), config.hard_weight)
+    if config.capacity is not None:
+        weights_TK, ids_TK = _limit(weights_TK, ids_TK, config.capacity, logits_TE.shape[-1], rows)
+    return Routing(weights_TK, ids_TK, None, logits_TE, config.temperature)
 
 
 def _activate(logits_TE: Tensor, config: GateConfig) -> Tensor:

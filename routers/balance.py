@@ -1,10 +1,12 @@
 """Balance rules: what a router reports in a training forward, and the auxiliary loss made of it.
 
-Each rule has two parts. ``observe`` runs at the router and leaves small (B, ...) tensors; ``rows`` turns them into one
-value a row. The loss is ``sum_b w_b value_b`` with w_b = n_b / N (predicted labels of row b over those of the whole
-step), averaged over routers: additive over rows, micro-batches and ranks. f and P of the Switch loss are averages, so
-their product is additive only if both are taken per row (scope ``sequence``); scope ``batch`` takes them over the
-forward's tokens, as published, and depends on the micro-batch.
+Each rule has two parts. ``observe`` turns routings into small (B, ...) tensors, ``rows`` turns those into one value a
+row. Routings wait for the end of the forward, where all routers of one shape are observed at once: a dozen small
+operations at each of hundreds of routers would cost more than the routing itself. The loss is ``sum_b w_b value_b``
+with w_b = n_b / N (predicted labels of row b over those of the whole step), averaged over routers: additive over rows,
+micro-batches and ranks. f and P of the Switch loss are averages, so their product is additive only if both are taken
+per row (scope ``sequence``); scope ``batch`` takes them over the forward's tokens, as published, and depends on the
+micro-batch.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from molora.config import BalanceConfig
-from molora.context import Observation
+from molora.context import Observation, Report
 from molora.routers.bias import BiasedRouter
 from molora.routing import Routing
 
-__all__ = ["BALANCES", "Seen", "combine", "picks"]
+__all__ = ["BALANCES", "Seen", "combine", "observe_all", "picks"]
 
 
 class Seen(NamedTuple):
@@ -38,20 +40,23 @@ def picks(routing: Routing, count: str) -> Tensor:
     """How often each token picked each expert, (T, E) float32: its first choice (dropped or not), or all."""
     ids_TK = routing.ids
     if ids_TK is None or count == "argmax":
-        ids_TK = routing.probs.argmax(-1, keepdim=True)
-    zeros_TE = torch.zeros_like(routing.probs)
+        ids_TK = routing.logits.argmax(-1, keepdim=True)
+    zeros_TE = torch.zeros_like(routing.logits)
     return zeros_TE.scatter_add(1, ids_TK.clamp_min(0), (ids_TK >= 0).to(zeros_TE.dtype))
 
 
 def _row_mean(values_TE: Tensor, valid_BS: Tensor) -> Tensor:
     """Mean over the valid tokens of each row: (T, ...) to (B, ...); 0 for a row without any."""
-    weight_BS1 = valid_BS.to(values_TE.dtype).unsqueeze(-1)
-    total_BE = torch.where(valid_BS.unsqueeze(-1), values_TE.view(*valid_BS.shape, -1), 0).sum(1)
-    return total_BE / weight_BS1.sum(1).clamp_min(1)
+    share_BS = valid_BS / valid_BS.sum(1, keepdim=True).clamp_min(1)
+    # A padded row of a base model may hold NaN, which a weight of 0 would keep.
+    clean_BSE = torch.where(valid_BS.unsqueeze(-1), values_TE.view(*valid_BS.shape, -1), 0)
+    return torch.bmm(share_BS.unsqueeze(1), clean_BSE).squeeze(1)
 
 
 class Switch:
     """``E sum_e f_e P_e`` (Switch Transformers, arXiv 2101.03961, eq. 4): 1 at balance, E at collapse."""
+
+    at_router = False
 
     @staticmethod
     def observe(config: BalanceConfig, seen: Seen) -> tuple[Tensor, ...] | None:
@@ -72,6 +77,8 @@ class Switch:
 class ZLoss:
     """``mean_t (logsumexp logits_t)^2`` (ST-MoE, arXiv 2202.08906, eq. 5): keeps logits small."""
 
+    at_router = False
+
     @staticmethod
     def observe(config: BalanceConfig, seen: Seen) -> tuple[Tensor, ...] | None:
         """The row means, (B, 1)."""
@@ -86,6 +93,8 @@ class ZLoss:
 
 class Supervised:
     """Cross entropy of the router to the task's expert (MeteoRA, arXiv 2405.13053, sec. 3.3); -100 = no label."""
+
+    at_router = False
 
     @staticmethod
     def observe(config: BalanceConfig, seen: Seen) -> tuple[Tensor, ...] | None:
@@ -107,6 +116,8 @@ class Supervised:
 
 class Bias:
     """Loss-free balancing: no loss, only counts for :meth:`molora.routers.bias.BiasedRouter.update_bias`."""
+
+    at_router = True
 
     @staticmethod
     def observe(config: BalanceConfig, seen: Seen) -> tuple[Tensor, ...] | None:
@@ -131,6 +142,43 @@ BALANCES: dict[str, type[Switch] | type[ZLoss] | type[Supervised] | type[Bias]] 
     "supervised": Supervised,
     "bias": Bias,
 }
+
+
+def observe_all(config: BalanceConfig, reports: list[Report]) -> list[Observation]:
+    """What the rule saw at each router, in the order of the reports; routers of one shape go as one larger batch."""
+    alike: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for i, r in enumerate(reports):
+        ids = r.routing.ids
+        logits = r.routing.logits
+        form = (logits.shape, logits.device, None if ids is None else ids.shape, r.routing.temperature)
+        alike[(*form, r.stream, r.valid_BS.shape)].append(i)
+    out: dict[int, Observation] = {}
+    for group in alike.values():
+        first, routings, M = reports[group[0]], [reports[i].routing for i in group], len(group)
+        task_BS = None if first.task_BS is None else first.task_BS.repeat(M, 1)
+        counted_BS = first.valid_BS if config.mask_padding else torch.ones_like(first.valid_BS)
+        seen = Seen(_as_one(routings), first.valid_BS.repeat(M, 1), task_BS, None, False)
+        tensors = BALANCES[config.kind].observe(config, seen)
+        if tensors is None:
+            continue
+        per_router = zip(*(t.unflatten(0, (M, -1)).unbind(0) for t in tensors), strict=True)
+        for i, own in zip(group, per_router, strict=True):
+            r, valid_B = reports[i], counted_BS.sum(1) if i == group[0] else out[group[0]].valid_B
+            out[i] = Observation(r.site, r.layer, r.rule, r.routing.num_experts, own, valid_B)
+    return [out[i] for i in sorted(out)]
+
+
+def _as_one(routings: list[Routing]) -> Routing:
+    """Routings of one shape and one rule, one below the other, (M * T, ...); probabilities nobody asked for stay so."""
+    ids = [r.ids for r in routings if r.ids is not None]
+    probs = [r.probs for r in routings] if any(r.has_probs for r in routings) else None
+    return Routing(
+        torch.cat([r.weights for r in routings]),
+        torch.cat(ids) if ids else None,
+        None if probs is None else torch.cat(probs),
+        torch.cat([r.logits for r in routings]),
+        routings[0].temperature,
+    )
 
 
 def combine(config: BalanceConfig, seen: list[Observation], weight_B: Tensor) -> tuple[Tensor, Tensor]:

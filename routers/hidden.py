@@ -53,7 +53,7 @@ class HiddenRouter(nn.Module):
         """Logits (T, M, E), or (T, 1, E) without layerwise scalings; float32, autocast off."""
         h = hidden_BSD.flatten(0, -2).to(ROUTER_DTYPE)
         with torch.autocast(h.device.type, enabled=False):
-            for i, layer in enumerate(self.layers):
+            for i, layer in enumerate(cast(list[nn.Linear], self.layers)):
                 if i:
                     h = nn.functional.dropout(h.relu(), self.config.dropout, self.training)
                 # The weights may be narrower or wider than float32 when the whole model was cast.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from molora.kernels.reference import Layout, contract_slots, expand_slots
+from molora.kernels.reference import Layout, contract_slots, expand_slots, mix_slots
 from tests.conftest import close
 from tests.test_kernels_reference import layout_of
 
@@ -125,3 +125,14 @@ def test_slot_kernels_do_not_change_their_inputs():
         expand(leaves, ids, layout)
         contract(leaves, ids, layout)
     assert all(torch.equal(leaves[n], t) for n, t in before.items())
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_mix_slots(slots: int):
+    """Value, gradient and second gradient of ``sum_k w h``."""
+    g = torch.Generator().manual_seed(3)
+    h = torch.randn(5, slots, 4, generator=g, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(5, slots, generator=g, dtype=torch.float64, requires_grad=True)
+    close(mix_slots(h, w), (h * w.unsqueeze(-1)).sum(1), "formula")
+    assert torch.autograd.gradcheck(mix_slots, (h, w))
+    assert torch.autograd.gradgradcheck(mix_slots, (h, w))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import molora
+from molora.kernels.reference import members
 from molora.layers import MixtureLinear
 from molora.routers import HiddenRouter
 from tests.conftest import close
@@ -30,6 +31,7 @@ def permute(model: nn.Module) -> None:
                 m.bank.lora_B.copy_(B)
                 m.bank.ranks, m.bank.scales = m.bank.ranks[::-1], m.bank.scales[::-1]
                 m.bank.expert_R.copy_(torch.tensor([e for e, r in enumerate(m.bank.ranks) for _ in range(r)]))
+                m.bank.member_ER.copy_(members(m.bank.ranks, m.bank.expert_R))
                 m.bank.scale_R.copy_(m.bank.scale_R.flip(0))
             router = getattr(m, "router", None)
             if isinstance(router, nn.Module):
