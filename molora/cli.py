@@ -8,7 +8,7 @@ import importlib.metadata
 import inspect
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -23,6 +23,7 @@ __all__ = ["app", "main"]
 
 CONFIGS = Path(__file__).parent / "training" / "configs"
 DEMO = (CONFIGS / "demo_mixlora.yaml", CONFIGS / "demo_lora.yaml")
+EXTRAS = {"accelerate": "train", "datasets": "train", "deepspeed": "train", "peft": "peft"}  # package: extra
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "triton", "deepspeed", "datasets")
 MORE = {"allow_extra_args": True, "ignore_unknown_options": True}  # ctx.args: the --key value overrides
 
@@ -72,6 +73,9 @@ def train(
     Your data: one JSONL file a domain, every line `{"text": "..."}` or `{"messages": [{"role": "user", "content":
     "..."}, {"role": "assistant", "content": "..."}]}`. Of conversations only the assistant's turns are learned.
     """
+    from molora.training.demo_model import package_folder
+
+    package_folder("accelerate", "accelerate", "train")  # before transformers' Trainer asks for it in its own words
     from molora.eval.tables import data_table
     from molora.training.arguments import read_arguments
     from molora.training.train import Data, run
@@ -177,8 +181,17 @@ def main() -> None:
     try:
         app()
     except MoloraError as e:
-        errors.print(f"[bold red]error:[/] {escape(str(e))}", highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _give_up(str(e))
+    except ModuleNotFoundError as e:
+        package = (e.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        _give_up(f"the package {package} is not installed: pip install 'molora[{EXTRAS[package]}]'")
+
+
+def _give_up(message: str) -> NoReturn:
+    errors.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import reprlib
 import threading
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from molora.errors import ConfigError, nearest
 
@@ -103,7 +103,7 @@ class Strict:
             raise ConfigError(_listed(type(self).__name__, faults))
         if faults and _collector.found is not None:
             _collector.found += faults
-            hints = _hints(type(self))
+            hints = _hints(cast(Hashable, type(self)))
             object.__setattr__(self, "_ill_typed", not all(matches(v, hints[k]) for k, v in values.items()))
 
     def faults(self) -> list[str]:
@@ -113,7 +113,7 @@ class Strict:
     @classmethod
     def _examine(cls, values: Mapping[str, Any]) -> list[str]:
         """Faults of type, and of the rules as far as the well-typed values go; the rest stands at its defaults."""
-        hints, faults, replaced = _hints(cls), [], []
+        hints, faults, replaced = _hints(cast(Hashable, cls)), [], []
         probe = object.__new__(cls)
         for f in dataclasses.fields(cls):
             value = values.get(f.name, dataclasses.MISSING)
@@ -148,7 +148,7 @@ class Strict:
         if not isinstance(data, Mapping):
             raise ConfigError(f"{cls.__name__}: got {shown(data)}, expected an object with named entries")
         known = {f.name: f for f in dataclasses.fields(cls)}
-        hints = _hints(cls)
+        hints = _hints(cast(Hashable, cls))
         faults = [f"unknown entry {shown(k)}{nearest(str(k)[:80], known)}" for k in data if k not in known]
         values: dict[str, Any] = {}
         for name, f in known.items():
@@ -170,8 +170,8 @@ class Strict:
 
 
 @functools.cache
-def _hints(cls: type[Any]) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+def _hints(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cast(Hashable, cls))
 
 
 def _holds_ill_typed(value: Any) -> bool:

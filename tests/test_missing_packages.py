@@ -1,0 +1,59 @@
+"""A package of an extra that is not installed: one line that names the extra, no traceback, exit code 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from molora.errors import ConfigError
+from molora.eval.figures import load_heatmaps
+
+ROOT = Path(__file__).resolve().parent.parent
+# What a user does, without the package; the blocker acts like an environment where it was never installed.
+BLOCK = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Missing(MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {packages!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda n, *a: None if n.partition(".")[0] in {packages!r} else real(n, *a)
+"""
+COMMAND = "sys.argv = ['molora', *{arguments!r}]\nfrom molora.cli import main\nmain()"
+TRAIN = ["train", "--config", str(ROOT / "training/configs/demo_mixlora.yaml"), "--max_steps", "1"]
+CASES = {
+    "train without accelerate": (("accelerate", "peft"), COMMAND.format(arguments=TRAIN), "molora[train]"),
+    "bench without peft": (("peft",), COMMAND.format(arguments=["bench", "cpu"]), "molora[peft]"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_extra_is_named(case: str, tmp_path: Path):
+    packages, code, extra = CASES[case]
+    done = subprocess.run(
+        [sys.executable, "-c", f"import os; os.chdir({str(ROOT)!r})\n" + BLOCK.format(packages=packages) + code],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        cwd=ROOT,
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"pip install '{extra}'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr) < 400
+
+
+def test_pictures_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ConfigError, match=r"pip install 'molora\[eval\]'"):
+        load_heatmaps({"code": torch.ones(1, 1)}, ["a"], [1], "", tmp_path / "x.png")
