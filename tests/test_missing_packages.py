@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from molora.errors import ConfigError
 from molora.eval.figures import load_heatmaps
@@ -56,4 +55,4 @@ def test_the_extra_is_named(case: str, tmp_path: Path):
 def test_pictures_without_matplotlib(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match=r"pip install 'molora\[eval\]'"):
-        load_heatmaps({"code": torch.ones(1, 1)}, ["a"], [1], "", tmp_path / "x.png")
+        load_heatmaps({"code": [[1.0]]}, ["a"], [1], "", tmp_path / "x.png")
