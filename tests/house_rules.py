@@ -137,7 +137,7 @@ def hiding_faults(path: Path, source: str, neighbours: set[str]) -> list[str]:
     """Dependencies that this file, or one beside or around it, would hide when the file runs as a script."""
     local = {part.removesuffix(".py") for part in path.parts} | neighbours
     tops = {name.split(".")[0] for name in imported(ast.parse(source)) if not name.startswith(".")}
-    hidden = sorted(tops & local - {"molora", "tests"})
+    hidden = sorted(tops & local - {"molora", "tests", "benchmarks"})
     return [f"{path} imports {top!r}, but a file or folder here has that name" for top in hidden]
 
 

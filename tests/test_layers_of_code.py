@@ -34,9 +34,7 @@ def test_the_project_is_found():
 
 
 def test_imports_point_downward():
-    faults = [
-        fault for path in PACKAGE_FILES for fault in layer_faults(module_name(path), read(path), MODULES)
-    ]
+    faults = [fault for path in PACKAGE_FILES for fault in layer_faults(module_name(path), read(path), MODULES)]
     assert faults == []
 
 
@@ -52,9 +50,7 @@ def test_shared_code_names_no_method():
 
 
 def test_imports_are_absolute():
-    relative = [
-        (str(path), name) for path in FILES for name in imported(ast.parse(read(path))) if name[0] == "."
-    ]
+    relative = [(str(path), name) for path in FILES for name in imported(ast.parse(read(path))) if name[0] == "."]
     assert relative == []
 
 
@@ -73,9 +69,7 @@ def test_no_file_hides_a_dependency():
 
 
 def test_files_fit_their_limit():
-    faults = [
-        fault for path in FILES for fault in length_faults(path.as_posix(), len(read(path).splitlines()))
-    ]
+    faults = [fault for path in FILES for fault in length_faults(path.as_posix(), len(read(path).splitlines()))]
     assert faults == []
     assert [path for path in LENGTH_EXCEPTIONS if Path(path) not in FILES] == []
 
@@ -113,10 +107,7 @@ def test_layer_rule_catches(module: str, source: str):
 
 
 def test_layer_rule_allows_lower_layers_and_the_own_row():
-    assert (
-        layer_faults("molora.cli", "import molora\nfrom molora.training.trainer import Trainer", PLANTED)
-        == []
-    )
+    assert layer_faults("molora.cli", "import molora\nfrom molora.training.trainer import Trainer", PLANTED) == []
     assert layer_faults("molora.config", "from molora.errors import ConfigError", PLANTED) == []
 
 
