@@ -65,7 +65,8 @@ def add_aux_loss(model: nn.Module, mixture: Mixture, outputs: Any, frame: Frame,
     by_rule: dict[BalanceConfig, list[Report]] = defaultdict(list)
     for report in frame.observations or ():
         by_rule[report.rule].append(report)
-    observed = [(rule, seen) for rule, reports in by_rule.items() if (seen := observe_all(rule, reports))]
+    asked = [(rule, observe_all(rule, reports)) for rule, reports in by_rule.items()]
+    observed = [(rule, seen) for rule, seen in asked if seen]  # no walrus: torch.compile breaks the graph at its cell
     if not observed:
         return outputs
     weight_B = _weights(model, arguments, frame)
