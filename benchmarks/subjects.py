@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
 import functools
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +59,7 @@ def batch() -> dict[str, torch.Tensor]:
 def adapter_folders() -> dict[str, str]:
     """Four PEFT LoRA folders on all linears; their numeric names are the only ones that PEFT's X-LoRA runs with."""
     root = Path(tempfile.mkdtemp(prefix="molora-bench-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
     linears = {p: c.shape for p, c in candidates(base()).items() if c.layer >= 0}
     for i in range(ADAPTERS):
         g = torch.Generator().manual_seed(10 + i)
