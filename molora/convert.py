@@ -18,7 +18,7 @@ from molora.recipes import RECIPES
 from molora.resolve import resolve
 from molora.targets import candidates
 
-__all__ = ["convert"]
+__all__ = ["aligned", "convert", "put_on"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -40,12 +40,17 @@ def convert(model: M, recipe: str | MoloraConfig, *, seed: int = 0, **options: A
     """
     config = _config(recipe, options)
     _check(model, config)
-    adapters = {name: _aligned(model, name, folder) for name, folder in config.adapters}
+    adapters = {name: aligned(model, name, folder) for name, folder in config.adapters}
+    return put_on(model, config, adapters, seed)
+
+
+def put_on(model: M, config: MoloraConfig, adapters: Mapping[str, LoraAdapter], seed: int = 0) -> M:
+    """:func:`convert` with the ready-made adapters at hand, by name and with this model's paths."""
     sites = resolve(model, config, adapters)
     built = build(model, config, sites, seed)
     _fill(built, adapters)
     if config.init_from:
-        _warm_start(built, _aligned(model, "init_from", config.init_from), config, seed)
+        _warm_start(built, aligned(model, "init_from", config.init_from), config, seed)
     adopt(model, install(model, built))
     return model
 
@@ -74,9 +79,13 @@ def _check(model: nn.Module, config: MoloraConfig) -> None:
     check_tables(config)
 
 
-def _aligned(model: nn.Module, name: str, folder: str) -> LoraAdapter:
-    """The PEFT LoRA folder with its paths in terms of ``model``."""
-    adapter = read_peft_lora(folder)
+def aligned(model: nn.Module, name: str, folder: str, *, allow_pickle: bool = False) -> LoraAdapter:
+    """The PEFT LoRA folder with its paths in terms of ``model``.
+
+    Raises:
+        AdapterError: for a folder that cannot be read, or that was made for linears of other widths.
+    """
+    adapter = read_peft_lora(folder, allow_pickle=allow_pickle)
     paths = [p for p, _ in model.named_modules() if p]
     try:
         modules = align(adapter, paths)

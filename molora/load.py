@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from molora.checkpoint import Adapter, check_fingerprint, load_tensors, read_adapter
 from molora.config import MoloraConfig, Placement, RouterConfig
-from molora.convert import convert
+from molora.convert import aligned, put_on
 from molora.errors import AdapterError, ConfigError, TargetError
 from molora.install import HEAD, Built, build, install
 from molora.layers import SavedModule
@@ -50,13 +50,16 @@ def load(
     if isinstance(base_model, MixtureModel):
         raise ConfigError("load: this model already carries a mixture; call model.unload() first")
     if _is_peft_lora(folder):
-        return _plain_lora(base_model, folder, trainable, missing)
+        return _plain_lora(base_model, os.fspath(folder), trainable, allow_pickle, missing)
     if missing:
         raise ConfigError(f"load: got {sorted(missing)}, but a molora folder records everything; leave them out")
     adapter = read_adapter(folder)
     check_fingerprint(adapter, base_model, ignore=ignore_base)
     _check_sites(adapter, base_model)
-    built = build(base_model, adapter.config, adapter.sites)
+    try:
+        built = build(base_model, adapter.config, adapter.sites)
+    except (ConfigError, TargetError) as e:
+        raise AdapterError(f"{adapter.folder}: its config does not fit this model: {e}") from e
     fill(built, load_tensors(adapter), os.fspath(folder))
     adopt(base_model, install(base_model, built))
     if not trainable:
@@ -66,17 +69,18 @@ def load(
 
 def _is_peft_lora(folder: str | os.PathLike[str]) -> bool:
     config = Path(folder) / "adapter_config.json"
-    return config.is_file() and not config.is_symlink() and read_object(config, MAX_CONFIG).get("peft_type") == "LORA"
+    try:
+        return config.is_file() and read_object(config, MAX_CONFIG).get("peft_type") == "LORA"
+    except (OSError, ValueError):
+        return False  # read_adapter says what is wrong with it
 
 
-def _plain_lora(model: M, folder: str | os.PathLike[str], trainable: bool, missing: dict[str, Any]) -> M:
+def _plain_lora(model: M, folder: str, trainable: bool, allow_pickle: bool, missing: dict[str, Any]) -> M:
     if missing:
         raise ConfigError(f"load: got {sorted(missing)}, but a PEFT LoRA folder needs nothing more; leave them out")
     placement = Placement(imported=True, router=RouterConfig(kind="fixed"))
-    convert(
-        model,
-        MoloraConfig(recipe="lora", placements=(placement,), adapters=(("default", os.fspath(folder)),)),
-    )
+    config = MoloraConfig(recipe="lora", placements=(placement,), adapters=(("default", folder),))
+    put_on(model, config, {"default": aligned(model, "default", folder, allow_pickle=allow_pickle)})
     if not trainable:
         model.requires_grad_(False)
     return model
@@ -138,11 +142,11 @@ def from_pretrained(folder: str | os.PathLike[str], *, trainable: bool = False, 
 
     adapter = read_adapter(folder)
     name = adapter.fingerprint.get("base_model_name_or_path")
-    class_name = str(adapter.fingerprint.get("model_class", ""))
+    class_name = str(adapter.fingerprint.get("class", ""))
     if not name:
         raise AdapterError(f"{folder}: names no base model; load the base yourself and call molora.load(base, folder)")
-    cls = getattr(transformers, class_name, transformers.AutoModelForCausalLM)
-    if not hasattr(cls, "from_pretrained"):
+    cls = getattr(transformers, class_name, None)
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise TargetError(
             f"{folder}: its base class {class_name!r} is not one of transformers; use molora.load(base, folder)"
         )
