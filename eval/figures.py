@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +10,16 @@ from typing import Any
 
 from molora.errors import ConfigError
 
-__all__ = ["load_heatmaps", "site_labels"]
+__all__ = ["load_heatmaps", "need_matplotlib", "site_labels"]
 
-COLOURS = "PuOr_r"  # purple to orange through white: told apart with every common colour blindness, and in grey
+COLOURS = "PuOr_r"  # purple to orange through white: told apart with every common colour blindness
 FACTOR = 4.0  # the scale ends at a quarter of and four times the balanced load
+
+
+def need_matplotlib() -> None:
+    """Raise a :class:`ConfigError` that names the extra when matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("pictures need the package matplotlib: pip install 'molora[eval]'")
 
 
 def site_labels(sites: Sequence[str]) -> list[str]:
@@ -39,11 +46,10 @@ def load_heatmaps(
     Raises:
         ConfigError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.colors import LogNorm
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ConfigError("pictures need the package matplotlib: pip install 'molora[eval]'") from e
+    need_matplotlib()
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
     width, labels, columns = max(experts), site_labels(sites), len(load)
     figure = Figure(
         figsize=(2.2 + columns * (0.9 + 0.24 * width), 1.6 + 0.17 * max(len(sites), 8)), layout="constrained"
@@ -56,6 +62,7 @@ def load_heatmaps(
             for row, n in zip(shares, experts, strict=True)
         ]
         image = axis.imshow(lift, cmap=COLOURS, norm=LogNorm(1 / FACTOR, FACTOR, clip=True), aspect="auto")
+        axis.set_facecolor("0.8")  # shows where a site has no such expert
         axis.set_title(domain, fontsize=10)
         axis.set_xticks(range(width), [str(e) for e in range(width)], fontsize=7)
         axis.set_xlabel("expert", fontsize=8)

@@ -25,7 +25,7 @@ from molora.data import Record, encode
 from molora.errors import CheckpointError, ConfigError
 from molora.eval.answer import fresh_answers
 from molora.eval.collect import count_routing
-from molora.eval.figures import load_heatmaps
+from molora.eval.figures import load_heatmaps, need_matplotlib
 from molora.eval.metrics import summary
 from molora.eval.score import answer, exact_match, heldout_loss, prompt_text
 from molora.eval.tables import data_table, result_table, verdicts
@@ -38,7 +38,7 @@ from molora.training.train import Data, load_base, load_tokenizer, prepare_data,
 __all__ = ["run_demo"]
 
 BASE = "base"
-ANSWER_TOKENS = 24
+ANSWER_TOKENS = 20
 
 
 def run_demo(configs: Sequence[Path], out: Path, overrides: Sequence[str], console: Console) -> dict[str, Any]:
@@ -51,6 +51,7 @@ def run_demo(configs: Sequence[Path], out: Path, overrides: Sequence[str], conso
         CheckpointError: a reloaded adapter that does not answer as the trained one did.
     """
     started = time.perf_counter()
+    need_matplotlib()  # now, not after ten minutes
     runs = _comparable([read_arguments(path, overrides) for path in configs], out)
     first = next(iter(runs.values()))
     console.rule("Base model and data")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import transformers as tf
 import molora
 from molora.data import Example
 from molora.eval.collect import count_routing
-from molora.eval.figures import load_heatmaps, site_labels
+from molora.errors import ConfigError
+from molora.eval.figures import load_heatmaps, need_matplotlib, site_labels
 from molora.eval.metrics import (
     assignment_counts,
     entropy,
@@ -119,3 +121,9 @@ def test_draws_unequal_sites_and_empty_experts(tmp_path: Path, suffix: str) -> N
     path = tmp_path / "new" / f"p.{suffix}"
     load_heatmaps(shares, ["layers.0", "layers.1"], [2, 3], "title", path)
     assert path.stat().st_size > 5000
+
+
+def test_a_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(ConfigError, match=r"pip install 'molora\[eval\]'"):
+        need_matplotlib()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,17 @@ def test_models_that_are_not_there(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             model_folder(str(name))
+
+
+def test_a_model_that_cannot_be_loaded(folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(ConfigError, match="broken cannot be loaded"):
+        job.load_base(ModelArguments(str(broken), "float32"))
+    (broken / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match="the tokenizer in .*broken cannot be loaded"):
+        job.load_tokenizer(ModelArguments(str(broken)))
 
 
 def test_the_cache_can_be_moved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

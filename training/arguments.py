@@ -141,7 +141,11 @@ def _parse(values: Mapping[str, Any], where: str) -> Arguments:
             raise ConfigError(f"{where}{name}: got {values[name]!r}, expected a mapping (name: value)")
     try:
         model, mixture, data, training = parser.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
-    except (ConfigError, ValueError, TypeError, ImportError) as e:
+    except ImportError as e:
+        raise ConfigError(
+            f"{where}training needs a package that is not installed: pip install 'molora[train]' ({e})"
+        ) from e
+    except (ValueError, TypeError) as e:
         raise ConfigError(f"{where}{e}") from e
     faults = _faults(data)
     if faults:

@@ -27,7 +27,7 @@ __all__ = ["BUILTIN_DOMAINS", "TASKS", "domain_records", "score_answer"]
 ARTICLES = 2000  # of each language; topics in turn, so that no topic is the whole domain
 FUNCTIONS_PER_MODULE = 8  # so that no module is the whole domain
 FUNCTION_CHARS = (200, 900)  # about one or two rows of 128 tokens
-QUESTIONS = {"train": 400, "heldout": 32}  # of each task
+QUESTIONS = {"train": 400, "heldout": 20}  # of each task
 TASKS: dict[str, dict[str, Any]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2},
     "word_sequence_reversal": {"min_words": 3, "max_words": 3},

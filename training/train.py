@@ -51,16 +51,27 @@ class Trained:
 
 def load_tokenizer(arguments: ModelArguments) -> Any:
     """The base's tokenizer, set to pad on the left as generation needs (training pads by itself)."""
-    return AutoTokenizer.from_pretrained(model_folder(arguments.model_name_or_path), padding_side="left")
+    folder = model_folder(arguments.model_name_or_path)
+    try:
+        return AutoTokenizer.from_pretrained(folder, padding_side="left")
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"model: the tokenizer in {folder} cannot be loaded: {e}") from e
 
 
 def load_base(arguments: ModelArguments) -> PreTrainedModel:
-    """The frozen base in its dtype."""
+    """The base in its dtype.
+
+    Raises:
+        ConfigError: unknown dtype, or a folder that transformers cannot load as a causal language model.
+    """
     if arguments.dtype not in DTYPES:
         raise ConfigError(f"dtype: got {arguments.dtype!r}, expected one of {', '.join(DTYPES)}")
     folder = model_folder(arguments.model_name_or_path)
-    with quiet_loading():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[arguments.dtype])
+    try:
+        with quiet_loading():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[arguments.dtype])
+    except (OSError, ValueError) as e:
+        raise ConfigError(f"model: {folder} cannot be loaded: {e}") from e
     return model
 
 
