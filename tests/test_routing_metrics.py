@@ -12,8 +12,8 @@ import transformers as tf
 
 import molora
 from molora.data import Example
-from molora.eval.collect import count_routing
 from molora.errors import ConfigError
+from molora.eval.collect import count_routing
 from molora.eval.figures import load_heatmaps, need_matplotlib, site_labels
 from molora.eval.metrics import (
     assignment_counts,
