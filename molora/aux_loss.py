@@ -95,16 +95,21 @@ def add_aux_loss(model: nn.Module, mixture: Mixture, outputs: Any, frame: Frame,
         values["aux_loss"] = aux
     if not dataclasses.is_dataclass(outputs):
         return values
-    return with_aux_field(cast(Hashable, type(outputs)))(**values)
+    return with_aux_field(type(outputs))(**values)
 
 
 def _like(total: Tensor | float, loss: Tensor) -> Tensor | float:
     return total.to(loss.device) if isinstance(total, Tensor) else total
 
 
-@functools.cache
-def with_aux_field(base: Any) -> type[Any]:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def with_aux_field(base: type[Any]) -> type[Any]:
     """The output class with one more field, ``aux_loss``: a real field, since an extra key would break pytrees."""
+    return _with_aux_field(cast(Hashable, base))
+
+
+@functools.cache
+def _with_aux_field(base: Any) -> type[Any]:
     if any(f.name == "aux_loss" for f in dataclasses.fields(base)):
         return cast(type[Any], base)
     space = {
