@@ -9,6 +9,7 @@ import datetime
 import json
 import os
 import statistics
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -76,7 +77,10 @@ def rank_products(num_experts: int) -> Any:
 
 
 def curve(rounds: int, progress: Progress) -> tuple[list[dict[str, float]], Line]:
-    """Cost of MoLA's forward over the base's, and of its rank products alone, from 4 to 64 experts."""
+    """Cost of MoLA's forward over the base's, and of its rank products alone, from 4 to 64 experts.
+
+    On a busy machine the cost may come out as nothing or less; the line is then missed, whatever the ratio says.
+    """
     work = {"base": subjects.forward(subjects.base())}
     for e in EXPERTS:
         work[f"mola {e}"] = subjects.forward(subjects.mola(e))
@@ -86,11 +90,9 @@ def curve(rounds: int, progress: Progress) -> tuple[list[dict[str, float]], Line
     for e in EXPERTS:
         extra = statistics.median(m - b for m, b in zip(seconds[f"mola {e}"], seconds["base"], strict=True))
         rows.append({"experts": e, "extra_s": extra, "products_s": statistics.median(seconds[f"products {e}"])})
-    if min(row["extra_s"] for row in rows) <= 0:
-        raise AssertionError(
-            f"the experts seem to cost nothing ({rows}): the machine is too busy to measure; try again"
-        )
     growth, allowed = (rows[-1][k] / rows[0][k] for k in ("extra_s", "products_s"))
+    if min(row["extra_s"] for row in rows) <= 0:
+        growth = sys.float_info.max
     return rows, Line("MoLA cost, 64 over 4 experts, against its rank products' growth", growth, allowed)
 
 

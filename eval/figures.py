@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +17,10 @@ FACTOR = 4.0  # the scale ends at a quarter of and four times the balanced load
 
 def need_matplotlib() -> None:
     """Raise a :class:`ConfigError` that names the extra when matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("pictures need the package matplotlib: pip install 'molora[eval]'")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as e:
+        raise ConfigError("pictures need the package matplotlib: pip install 'molora[eval]'") from e
 
 
 def site_labels(sites: Sequence[str]) -> list[str]:
