@@ -34,7 +34,7 @@ def molora(
     [
         ([], ["train", "demo", "bench", "info"]),
         (["train"], ["--config", "domains", "heldout_domains", "max_length", "messages", "learning_rate"]),
-        (["demo"], ["--out", "--check", "runs/demo", "two cores"]),
+        (["demo"], ["--out", "--check", "runs/demo", "nothing is downloaded"]),
         (["bench"], ["--check", "--quick", "PEFT"]),
         (["info"], ["recipe"]),
     ],
