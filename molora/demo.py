@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers import PreTrainedModel
 from molora.convert import convert
 from molora.data import Record, encode
 from molora.errors import CheckpointError, ConfigError
-from molora.eval.answer import fresh_answers
+from molora.eval.answer import fresh_answers, peak_gb
 from molora.eval.collect import count_routing
 from molora.eval.figures import load_heatmaps, need_matplotlib
 from molora.eval.metrics import summary
@@ -64,7 +63,7 @@ def run_demo(configs: Sequence[Path], out: Path, overrides: Sequence[str], conso
         console.rule(f"Training {name}")
         gc.collect()
         results[name] = _one_run(arguments, tokenizer, data, out, console)
-    report = {"runs": results, "not_below_base": verdicts(results, BASE), **_circumstances(started)}
+    report = {"runs": results, "not_below_base": verdicts(results, BASE), **_circumstances(started, results)}
     _write_json(out / "metrics.json", report)
     chosen = {name: arguments.chosen() for name, arguments in runs.items()}
     (out / "config.yaml").write_text(yaml.safe_dump(chosen, sort_keys=False), encoding="utf-8")
@@ -101,14 +100,17 @@ def _one_run(arguments: Arguments, tokenizer: Any, data: Data, out: Path, consol
     answers = answer(model, tokenizer, prompts, ANSWER_TOKENS)
     base = model_folder(arguments.model.model_name_or_path)
     fresh = fresh_answers(base, arguments.model.dtype, trained.folder, prompts, ANSWER_TOKENS)
-    if fresh != answers:
-        raise CheckpointError(f"{trained.folder}: reloaded, it answers {fresh}; the trained model answered {answers}")
+    if fresh.texts != answers:
+        raise CheckpointError(
+            f"{trained.folder}: reloaded, it answers {fresh.texts}; the trained model answered {answers}"
+        )
     console.print(f"saved to {trained.folder}; loaded into a fresh process, it gives the same answers", highlight=False)
     return {
         "trainable_parameters": count,
         "options": dict(arguments.mixture.options),
         "train_seconds": trained.seconds,
         "steps": int(trained.log[-1]["step"]),
+        "fresh_process_peak_gb": fresh.peak_gb,
         **_scores(model, tokenizer, data),
         **_routing(model, tokenizer, data, arguments, out),
         "answers": {name: {"prompt": prompts[name], "answer": text} for name, text in answers.items()},
@@ -174,17 +176,17 @@ def _tell(report: dict[str, Any], out: Path, console: Console) -> None:
     console.print("  " + "  ".join(sorted(p.name for p in out.iterdir())), highlight=False)
 
 
-def _circumstances(started: float) -> dict[str, Any]:
+def _circumstances(started: float, results: dict[str, Any]) -> dict[str, Any]:
     """Time, memory, machine and versions."""
     # The fresh processes run beside this one: the sum of both peaks bounds what the machine needs.
-    peak_kb = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    beside = max((run.get("fresh_process_peak_gb", 0.0) for run in results.values()), default=0.0)
     packages = ("molora", "torch", "transformers", "accelerate", "safetensors")
     installed = {
         d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]
     }
     return {
         "seconds": time.perf_counter() - started,
-        "peak_memory_gb": peak_kb / 2**20,
+        "peak_memory_gb": peak_gb() + beside,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version()} | {p: installed[p] for p in packages if p in installed},

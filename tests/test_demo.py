@@ -12,6 +12,7 @@ from rich.console import Console
 
 from molora import demo
 from molora.errors import CheckpointError
+from molora.eval.answer import Answers
 from tests import tiny_text
 
 
@@ -68,6 +69,7 @@ def test_demo_end_to_end(configs: list[Path], tmp_path: Path) -> None:
 def test_an_adapter_that_answers_otherwise_after_reloading_is_an_error(
     configs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo, "fresh_answers", lambda *_: {"counting": "else", "sums": "else"})
+    wrong = Answers({"counting": "else", "sums": "else"}, 1.0)
+    monkeypatch.setattr(demo, "fresh_answers", lambda *_: wrong)
     with pytest.raises(CheckpointError, match="reloaded, it answers"):
         demo.run_demo(configs, tmp_path, ["--max_steps", "1"], Console(file=io.StringIO()))
