@@ -119,13 +119,17 @@ def demo(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Argument(help="What to measure: cpu.")] = "cpu",
+    suite: Annotated[str, typer.Argument(help="What to measure: cpu, gpu; tune: tiles for this GPU.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="JSON file for the results; default: a dated one.")] = None,
     check: Annotated[bool, typer.Option("--check", help="Exit with 1 on a missed target.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Fewer repetitions, for a first look.")] = False,
 ) -> None:
-    """Measure speed and memory beside the installed PEFT, in one process. Needs a checkout of the project."""
-    suites = {"cpu": "benchmarks.cpu"}
+    """Measure speed and memory beside others in one process. Needs a checkout of the project.
+
+    cpu: a language model, beside the installed PEFT. gpu: the kernels, beside other ways to write the same sum, and
+    against the memory's limit. tune: write the fastest tiles of the kernels on this GPU to a file for MOLORA_TILES.
+    """
+    suites = {"cpu": "benchmarks.cpu", "gpu": "benchmarks.gpu", "tune": "benchmarks.tune"}
     if suite not in suites:
         raise ConfigError(f"bench: got {suite!r}, expected one of {', '.join(suites)}")
     checkout = Path(__file__).resolve().parent.parent
@@ -140,8 +144,14 @@ def bench(
 @app.command()
 def info(
     recipe: Annotated[str | None, typer.Argument(help="A recipe, to see its options with their defaults.")] = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Which kernel runs for which shapes here, and why.")
+    ] = False,
 ) -> None:
-    """Show versions and the recipes; with a recipe's name, its options."""
+    """Show versions and the recipes; with a recipe's name, its options; with --kernels, the choice of kernels."""
+    if kernels:
+        _show_kernels()
+        return
     if recipe is not None:
         _show_recipe(recipe)
         return
@@ -167,6 +177,28 @@ def _show_recipe(name: str) -> None:
         needed = parameter.default is inspect.Parameter.empty
         table.add_row(option, "(needed)" if needed else escape(repr(parameter.default)))
     output.print(table)
+
+
+def _show_kernels() -> None:
+    import torch
+
+    from molora.kernels.configs import tile
+    from molora.kernels.dispatch import KERNELS, Call, choose
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else "no CUDA device"
+    output.print(f"kernel='auto' on {device} ({name}), triton {_version('triton')}", highlight=False)
+    table = Table("ranks side by side", "dtype", "kernel", "why", "tile (rows, cols, depth, warps, stages)")
+    for ranks in (8, 64, 128, 512, 8192):
+        for dtype in (torch.bfloat16, torch.float32):
+            found = choose("auto", Call(ranks, device, dtype))
+            shown = str(tuple(tile("contract", 8192, ranks, dtype.itemsize))) if found.name == "triton" else ""
+            table.add_row(str(ranks), str(dtype)[6:], found.name, found.reason, shown)
+    output.print(table)
+    known = Table("kernel=", "on this machine")
+    for kernel, implementation in KERNELS.items():
+        known.add_row(kernel, implementation.refuses(Call(64, device, torch.float32)) or "runs")
+    output.print(known)
 
 
 def _version(package: str) -> str:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from molora import context
 from molora.config import Placement
-from molora.kernels.reference import contract_slots, expand_slots, mix_slots
+from molora.kernels.dispatch import contract_slots, expand_slots
+from molora.kernels.reference import mix_slots
 from molora.layers import MixtureLinear, Owner, RoutedModule
 from molora.routing import Routing
 from molora.site import SiteConfig
@@ -34,13 +35,13 @@ class FFNUp(MixtureLinear):
         base = self.base(x)
         x_TD = x.reshape(-1, x.shape[-1])
         routing = self.route(x_TD)
-        slots_TKE = routing.slots()
+        K = routing.weights.shape[1]
         if self.bank is None:
-            return base.unsqueeze(-2).expand(*base.shape[:-1], slots_TKE.shape[1], -1)
-        A_RD, B_FR = self.packed(x.dtype)
-        base_TF = base.reshape(-1, base.shape[-1])
-        y_TKF = expand_slots(base_TF, self.dropped(x_TD), A_RD, B_FR, slots_TKE, self.bank.layout)
-        return y_TKF.view(*base.shape[:-1], slots_TKE.shape[1], base.shape[-1])
+            return base.unsqueeze(-2).expand(*base.shape[:-1], K, -1)
+        base_TF, bank = base.reshape(-1, base.shape[-1]), self.bank
+        dropped_TD = self.dropped(x_TD)
+        y_TKF = expand_slots(self.kernel, base_TF, dropped_TD, bank.lora_A, bank.lora_B, routing, bank.layout)
+        return y_TKF.view(*base.shape[:-1], K, base.shape[-1])
 
 
 class FFNDown(MixtureLinear):
@@ -59,9 +60,8 @@ class FFNDown(MixtureLinear):
         if self.bias is not None and self.placement.gate.renormalize != "one":
             y_TD = y_TD + (weights_TK.sum(1, keepdim=True) - 1) * self.bias
         if self.bank is not None:
-            A_RF, B_DR = self.packed(h.dtype)
-            dropped_TKF = self.dropped(h_TKF)
-            delta_TD = contract_slots(dropped_TKF, weights_TK, A_RF, B_DR, routing.slots(), self.bank.layout)
+            A_RF, B_DR, layout = self.bank.lora_A, self.bank.lora_B, self.bank.layout
+            delta_TD = contract_slots(self.kernel, self.dropped(h_TKF), A_RF, B_DR, routing, layout)
             y_TD = y_TD + delta_TD.to(y_TD.dtype)
         return y_TD.view(y.shape)
 

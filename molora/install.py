@@ -14,7 +14,7 @@ from molora.bank import ExpertBank
 from molora.config import MoloraConfig, Placement
 from molora.errors import ConfigError, TargetError, nearest
 from molora.ffn import FFNDown, FFNRows, FFNUp
-from molora.kernels.dispatch import choose
+from molora.kernels.dispatch import known
 from molora.layers import MixtureLinear, Owner, RoutedModule, SavedModule
 from molora.routers import BALANCES, ROUTERS, BiasedRouter, HiddenRouter
 from molora.site import SiteConfig
@@ -55,7 +55,7 @@ class Built:
 
 def check_tables(config: MoloraConfig) -> None:
     """ConfigError for a router, balance rule or kernel that is in no table."""
-    choose(config.kernel, 1, "cpu")
+    known(config.kernel)
     for p in config.placements:
         tables: list[tuple[str, Mapping[str, object]]] = [(p.router.kind, ROUTERS)]
         for name, table in [*tables, *((b.kind, BALANCES) for b in p.balance)]:

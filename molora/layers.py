@@ -12,7 +12,7 @@ from molora.bank import ExpertBank
 from molora.config import Placement
 from molora.context import Frame, Report
 from molora.errors import ConfigError, MoloraError
-from molora.kernels.dispatch import rank_mix
+from molora.kernels.dispatch import mix_linear, rank_mix
 from molora.routers import BALANCES, BiasedRouter
 from molora.routers.balance import Seen
 from molora.routing import ROUTER_DTYPE, Routing, gate
@@ -193,17 +193,11 @@ class MixtureLinear(RoutedModule):
         p = self.placement.lora_dropout
         return nn.functional.dropout(x_TI, p, True) if p and self.training else x_TI
 
-    def packed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A and B in the dtype of the computation."""
-        bank = cast(ExpertBank, self.bank)
-        return bank.lora_A.to(dtype), bank.lora_B.to(dtype)
-
-    def _weights(self, x_TI: Tensor, dropped_TI: Tensor) -> Tensor | None:
+    def _routing(self, x_TI: Tensor, dropped_TI: Tensor) -> Routing | None:
         if self.always_on:
             self._report_always_on(x_TI)
             return None
-        routing = self.route(dropped_TI if self.placement.router.dropped_input else x_TI)
-        return routing.dense()
+        return self.route(dropped_TI if self.placement.router.dropped_input else x_TI)
 
     def _report_always_on(self, x_TI: Tensor) -> None:
         frame = context.current()
@@ -215,17 +209,20 @@ class MixtureLinear(RoutedModule):
         if context.is_off(self.owner):
             return cast(Tensor, self.base_layer(x))
         frame = context.current()
-        base = self.base(x)
         if self.placement.router.scope == "model" and frame is not None and frame.pass_value == 0.0:
-            return base
+            return self.base(x)
         x_TI = x.reshape(-1, x.shape[-1])
         dropped_TI = self.dropped(x_TI)
-        weights_TE = self._weights(x_TI, dropped_TI)
+        routing = self._routing(x_TI, dropped_TI)
         if self.bank is None:
-            return base
-        A_RI, B_OR = self.packed(x.dtype)
-        base_TO = base.reshape(-1, base.shape[-1])
-        y_TO = rank_mix(self.kernel, base_TO, dropped_TI, A_RI, B_OR, weights_TE, self.bank.layout)
+            return self.base(x)
+        experts = (self.bank.lora_A, self.bank.lora_B, routing, self.bank.layout)
+        if dropped_TI is x_TI:
+            y_TO = mix_linear(self.kernel, x_TI, self.base_layer, *experts)
+            if y_TO is not None:
+                return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+        base = self.base(x)
+        y_TO = rank_mix(self.kernel, base.reshape(-1, base.shape[-1]), dropped_TI, *experts)
         return y_TO.view(base.shape)
 
 

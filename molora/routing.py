@@ -68,6 +68,13 @@ class Routing:
                 )
         return self._slots
 
+    def slot_ids(self) -> Tensor:
+        """The expert of each slot, (T, K) int64; when every expert is used, slot e is expert e."""
+        if self.ids is not None:
+            return self.ids
+        T, E = self.logits.shape
+        return torch.arange(E, device=self.logits.device).expand(T, E)
+
     def dense(self) -> Tensor:
         """The weights as (T, E), zero for experts that were not chosen."""
         return dense_weights(self.weights, self.ids, self.num_experts)

@@ -15,6 +15,9 @@ import pytest
 import torch
 import transformers
 
+# Triton kernels run compiled, or in the interpreter, which has to be on from the start: see test_interpreted.py.
+collect_ignore = [] if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+
 
 class Tolerance(NamedTuple):
     """How far two results may be apart, and why."""

@@ -91,7 +91,7 @@ def run_file(tmp_path: Path) -> Path:
         ("demo --config {run} --config {run}", "expected distinct ones"),
         ("demo --train_example 1", "did you mean 'train_examples'"),
         ("info lorra", "did you mean 'lora'"),
-        ("bench gpu", "expected one of cpu"),
+        ("bench qpu", "expected one of cpu"),
         ("trian", "No such command"),
     ],
 )

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from molora.kernels import reference
-from molora.kernels.dispatch import KERNELS, choose
+from molora.kernels import dispatch, reference
+from molora.kernels.dispatch import Call, choose
 from tests.conftest import TOLERANCES, close
 
 
@@ -24,6 +24,7 @@ class Case(NamedTuple):
     pattern: str = "random"
 
 
+REFERENCES = {"concat": reference.rank_mix_concat, "loop": reference.rank_mix_loop}
 ODD = (0.5, 2.0, 1.25)
 CASES = {
     "no_tokens": Case(0, 5, 7, (3, 3), (2.0, 2.0), 1),
@@ -102,7 +103,7 @@ def gradients(y: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def run(kernel: str, s: Setup) -> Tensor:
-    return KERNELS[kernel](*(s.leaves[n] for n in ("base", "x", "A", "B")), spread(s), s.layout)
+    return REFERENCES[kernel](*(s.leaves[n] for n in ("base", "x", "A", "B")), spread(s), s.layout)
 
 
 @pytest.fixture(autouse=True)
@@ -132,7 +133,7 @@ def test_poison_reaches_callers_in_the_kernels_only():
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", REFERENCES)
 def test_kernel_is_the_formula(kernel: str, case: Case):
     """B2: float64 against the triple loop, value and the gradient to x, A, B, weights and base."""
     s = setup(case, torch.float64)
@@ -161,7 +162,7 @@ def test_concat_in_low_precision(case: Case, dtype: torch.dtype):
         assert error <= limit * max(rms, 1e-6), f"{name}: {error / max(rms, 1e-6):.2e}"
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", REFERENCES)
 @pytest.mark.parametrize("case", ["odd_sizes", "ragged_with_empty_expert", "always_on_ragged", "rank_one"])
 def test_gradcheck(kernel: str, case: str):
     s = setup(CASES[case]._replace(tokens=3), torch.float64)
@@ -185,7 +186,7 @@ def test_idle_expert_gets_a_zero_gradient_and_not_none():
 
 def test_inputs_are_not_changed():
     """C12: no kernel writes into what it is given."""
-    for kernel in KERNELS:
+    for kernel in REFERENCES:
         s = setup(CASES["ragged"], torch.float32)
         before = {n: t.detach().clone() for n, t in s.leaves.items()}
         with torch.no_grad():
@@ -195,9 +196,24 @@ def test_inputs_are_not_changed():
 
 
 def test_choice_has_a_reason_and_refuses_unknown_names():
-    assert choose("auto", 64, "cpu").name in KERNELS
-    asked = choose("loop", 64, "cpu")
+    call = Call(64, "cpu", torch.float32)
+    assert choose("auto", call) == ("concat", "the tensors are on cpu")
+    asked = choose("loop", call)
     assert asked.name == "loop"
     assert "asked" in asked.reason
     with pytest.raises(ValueError, match="did you mean 'concat'"):
-        choose("concta", 64, "cpu")
+        choose("concta", call)
+
+
+def test_choice_on_cuda_depends_on_dtype_and_ranks_alone():
+    """No device is needed to ask."""
+    assert choose("auto", Call(64, "cuda", torch.bfloat16)).name == "triton"
+    for call, why in ((Call(64, "cuda", torch.float64), "float64"), (Call(5000, "cuda", torch.bfloat16), "4096")):
+        assert choose("auto", call).name == "concat"
+        assert why in choose("auto", call).reason
+
+
+@pytest.mark.skipif(dispatch.INTERPRETED, reason="in the interpreter Triton kernels run on the CPU")
+def test_triton_without_a_device_is_refused_with_the_remedy():
+    with pytest.raises(ValueError, match="CUDA device.*kernel='auto'"):
+        choose("triton", Call(64, "cpu", torch.float32))

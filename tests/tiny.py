@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,8 @@ def adapters(root: Path, name: str) -> dict[str, str]:
     return out
 
 
+KERNEL = os.environ.get("MOLORA_TEST_KERNEL")  # every site on this kernel, in the processes of test_interpreted.py
+
 # Small versions of each recipe: several experts, more than one chosen, so that nothing is trivially right.
 SMALL: dict[str, dict[str, Any]] = {
     "lora": {"r": 4},
@@ -197,6 +200,7 @@ assert SMALL.keys() == RECIPES.keys(), "every recipe is in the matrix"
 def options(recipe: str, name: str, root: Path, **more: Any) -> dict[str, Any]:
     """Options of the small version of ``recipe`` on the tiny model ``name``."""
     own = {"adapters": adapters(root, name)} if recipe in IMPORTING else {}
+    own |= {"kernel": KERNEL} if KERNEL else {}
     return {**SMALL[recipe], **own, **more}
 
 
