@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from molora.kernels import functional, grouped_ops
-from molora.kernels.reference import Layout, members, rank_mix_concat
+from molora.kernels.reference import Layout, rank_mix_concat
 
 
 class Mixture(NamedTuple):
@@ -56,7 +56,7 @@ def mixture(s: Any, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -
     ids = draw(s.T, s.E).topk(choices).indices if s.K else None
     expert_R = torch.arange(s.E, device=device).repeat_interleave(s.r)
     ranks, ones = (s.r,) * s.E, torch.full((R,), 2.0, device=device)
-    layout = Layout(ranks, (2.0,) * s.E, expert_R, ones, members(ranks, expert_R))
+    layout = Layout(ranks, (2.0,) * s.E, expert_R, ones)
     leaves = [draw(s.T, s.I).to(dtype), (draw(R, s.I) / s.I**0.5).to(dtype), (draw(s.O, R) / 4).to(dtype)]
     leaves.append(draw(s.T, choices).softmax(-1))
     x, A, B, weights = (t.requires_grad_() for t in leaves)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import subprocess
 import sys
 
@@ -27,8 +26,9 @@ def peak_mib(subject: str) -> float:
 
 if __name__ == "__main__":
     from benchmarks.subjects import SUBJECTS
+    from molora.eval.answer import peak_gb
 
     run = SUBJECTS[sys.argv[1]]()
     for _ in range(2):
         run()
-    print(json.dumps({"peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    print(json.dumps({"peak_mib": peak_gb() * 1024}))

@@ -17,7 +17,7 @@ from molora.kernels.reference import Layout
 from molora.routing import Routing
 
 __all__ = ["KERNELS", "Call", "Choice", "Kernel", "choose", "contract_slots", "expand_slots", "known"]
-__all__ += ["mix_linear", "rank_mix"]
+__all__ += ["mix_linear"]
 
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -61,25 +61,29 @@ class Kernel(NamedTuple):
     refuses: Callable[[Call], str | None]
 
 
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)  # a call that changes nothing still costs a microsecond a parameter
+
+
 def _dense(routing: Routing | None) -> Tensor | None:
     return None if routing is None else routing.dense()
 
 
 def _concat(base: Tensor, x: Tensor, A: Tensor, B: Tensor, routing: Routing | None, layout: Layout) -> Tensor:
-    return reference.rank_mix_concat(base, x, A.to(x.dtype), B.to(x.dtype), _dense(routing), layout)
+    return reference.rank_mix_concat(base, x, _cast(A, x.dtype), _cast(B, x.dtype), _dense(routing), layout)
 
 
 def _loop(base: Tensor, x: Tensor, A: Tensor, B: Tensor, routing: Routing | None, layout: Layout) -> Tensor:
-    return reference.rank_mix_loop(base, x, A.to(x.dtype), B.to(x.dtype), _dense(routing), layout)
+    return reference.rank_mix_loop(base, x, _cast(A, x.dtype), _cast(B, x.dtype), _dense(routing), layout)
 
 
 def _expand(base: Tensor, x: Tensor, A: Tensor, B: Tensor, routing: Routing, layout: Layout) -> Tensor:
-    return reference.expand_slots(base, x, A.to(x.dtype), B.to(x.dtype), routing.slots(), layout)
+    return reference.expand_slots(base, x, _cast(A, x.dtype), _cast(B, x.dtype), routing.slots(), layout)
 
 
 def _contract(h: Tensor, A: Tensor, B: Tensor, routing: Routing, layout: Layout) -> Tensor:
-    weights_TK = routing.weights.to(h.dtype)
-    return reference.contract_slots(h, weights_TK, A.to(h.dtype), B.to(h.dtype), routing.slots(), layout)
+    weights_TK = _cast(routing.weights, h.dtype)
+    return reference.contract_slots(h, weights_TK, _cast(A, h.dtype), _cast(B, h.dtype), routing.slots(), layout)
 
 
 def _triton_mix(base: Tensor, x: Tensor, A: Tensor, B: Tensor, routing: Routing | None, layout: Layout) -> Tensor:
@@ -162,28 +166,26 @@ def _chosen(kernel: str, x: Tensor, total_rank: int) -> Kernel:
     return KERNELS[choose(kernel, Call.of(x, total_rank)).name]
 
 
-def rank_mix(
-    kernel: str, base_TO: Tensor, x_TI: Tensor, A_RI: Tensor, B_OR: Tensor, routing: Routing | None, layout: Layout
-) -> Tensor:
-    """``base + ((x A^T) * g) B^T`` by the chosen kernel; without a routing every expert counts 1.
-
-    A and B may be of another dtype than x, which is the dtype of the products.
-    """
-    return _chosen(kernel, x_TI, A_RI.shape[0]).mix(base_TO, x_TI, A_RI, B_OR, routing, layout)
-
-
 def mix_linear(
-    kernel: str, x_TI: Tensor, layer: nn.Module, A_RI: Tensor, B_OR: Tensor, routing: Routing | None, layout: Layout
-) -> Tensor | None:
-    """``x W^T + b + ((x A^T) * g) B^T`` in one operator, or None where ``layer`` has to be called itself.
+    kernel: str,
+    layer: nn.Module,
+    base: Callable[[], Tensor],
+    x_TI: Tensor,
+    dropped_TI: Tensor,
+    experts: tuple[Tensor, Tensor, Routing | None, Layout],
+) -> Tensor:
+    """``layer(x) + ((dropped A^T) * g) B^T`` (T, O) by the chosen kernel; without a routing every expert counts 1.
 
-    It has to unless it is exactly a frozen ``nn.Linear`` that nobody hooks into (quantised, sharded, or gathered on
-    use), and the chosen kernel has such an operator.
+    ``experts``: A (R, I), B (O, R), the routing, the layout; A and B may be of another dtype than x, which is that of
+    the products. A kernel that does base and experts in one operator is taken where ``layer`` is exactly a frozen
+    ``nn.Linear`` that nobody hooks into (not quantised, sharded, or gathered on use) and the experts see the same x;
+    otherwise ``base()`` is called for the layer's output.
     """
-    chosen = _chosen(kernel, x_TI, A_RI.shape[0]).linear
-    if chosen is None or not _plain(layer, x_TI):
-        return None
-    return chosen(x_TI, layer.weight, layer.bias, A_RI, B_OR, routing, layout)
+    chosen = _chosen(kernel, dropped_TI, experts[0].shape[0])
+    if chosen.linear is not None and dropped_TI is x_TI and _plain(layer, x_TI):
+        return chosen.linear(x_TI, layer.weight, layer.bias, *experts)
+    y = base()
+    return chosen.mix(y.reshape(-1, y.shape[-1]), dropped_TI, *experts)
 
 
 def _plain(layer: nn.Module, x: Tensor) -> bool:

@@ -21,14 +21,14 @@ class Layout(NamedTuple):
     """How the packed ranks belong to experts.
 
     ``ranks``: rank per expert. ``scales``: factor per expert. ``expert_R``: (R,) int64, the expert of each rank.
-    ``scale_R``: (R,) float32. ``member_ER``: see :func:`members`; made anew when it is None.
+    ``scale_R``: (R,) float32. ``gate_ER``: see :func:`gates_of`; made anew when it is None.
     """
 
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
     expert_R: Tensor
     scale_R: Tensor
-    member_ER: Tensor | None = None
+    gate_ER: Tensor | None = None
 
     @property
     def rank(self) -> int | None:
@@ -62,19 +62,19 @@ def rank_mix_loop(
 
 def gate_ranks(u_TR: Tensor, weights_TE: Tensor, layout: Layout) -> Tensor:
     """Multiply each rank by its expert's weight and scale; any leading dimensions. One rounding to u's dtype."""
-    if layout.scale is not None:
-        weights_TE = weights_TE * layout.scale
-    if layout.rank != 1:
-        member_ER = layout.member_ER if layout.member_ER is not None else members(layout.ranks, layout.expert_R)
-        weights_TE = weights_TE @ member_ER.to(weights_TE.dtype)
-    if layout.scale is None:
-        weights_TE = weights_TE * layout.scale_R
-    return u_TR * weights_TE.to(u_TR.dtype)
+    if layout.rank == 1:
+        gates_TR = weights_TE * layout.scale_R
+    else:
+        gate_ER = (
+            layout.gate_ER if layout.gate_ER is not None else gates_of(layout.expert_R, layout.scale_R, layout.ranks)
+        )
+        gates_TR = weights_TE @ (gate_ER if gate_ER.dtype == weights_TE.dtype else gate_ER.to(weights_TE.dtype))
+    return u_TR * (gates_TR if gates_TR.dtype == u_TR.dtype else gates_TR.to(u_TR.dtype))
 
 
-def members(ranks: tuple[int, ...], expert_R: Tensor) -> Tensor:
-    """(E, R) float32: 1 in the columns of an expert's ranks, 0 elsewhere."""
-    return (expert_R == torch.arange(len(ranks), device=expert_R.device).unsqueeze(-1)).float()
+def gates_of(expert_R: Tensor, scale_R: Tensor, ranks: tuple[int, ...]) -> Tensor:
+    """(E, R) float32: the scale in the columns of an expert's ranks, 0 elsewhere; ``weights @`` it is g."""
+    return (expert_R == torch.arange(len(ranks), device=expert_R.device).unsqueeze(-1)) * scale_R
 
 
 def rank_mix_concat(
@@ -86,7 +86,7 @@ def rank_mix_concat(
     """
     if A_RI.shape[0] == 0:
         return base_TO
-    h_TR = x_TI @ A_RI.t()
+    h_TR = torch.nn.functional.linear(x_TI, A_RI)
     if weights_TE is not None:
         h_TR = gate_ranks(h_TR, weights_TE, layout)
     elif layout.scale is None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from molora.errors import AdapterError
-from molora.kernels.reference import Layout, members
+from molora.kernels.reference import Layout, gates_of
 from molora.site import SiteConfig
 
 __all__ = ["ExpertBank"]
@@ -29,7 +29,7 @@ class ExpertBank(nn.Module):
 
     expert_R: Tensor
     scale_R: Tensor
-    member_ER: Tensor
+    gate_ER: Tensor
 
     def __init__(self, site: SiteConfig, *, train: bool, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class ExpertBank(nn.Module):
         self.register_buffer("expert_R", torch.tensor(owners, dtype=torch.int64, device=device), persistent=False)
         scales = torch.tensor([self.scales[e] for e in owners], dtype=torch.float32, device=device)
         self.register_buffer("scale_R", scales, persistent=False)
-        self.register_buffer("member_ER", members(self.ranks, self.expert_R), persistent=False)
+        self.register_buffer("gate_ER", gates_of(self.expert_R, self.scale_R, self.ranks), persistent=False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ExpertBank:
         """Casts and moves as any module, but for the maps: a cast would round the scales, ``to_empty`` lose both."""
@@ -57,7 +57,7 @@ class ExpertBank(nn.Module):
     @property
     def layout(self) -> Layout:
         """What the kernels need to know of the packing."""
-        return Layout(self.ranks, self.scales, self.expert_R, self.scale_R, self.member_ER)
+        return Layout(self.ranks, self.scales, self.expert_R, self.scale_R, self.gate_ER)
 
     def reset_parameters(self, generator: torch.Generator, init: str) -> None:
         """Draw A, and B for ``init="random"`` (else zero), from ``generator`` alone.

@@ -12,7 +12,7 @@ from molora.bank import ExpertBank
 from molora.config import Placement
 from molora.context import Frame, Report
 from molora.errors import ConfigError, MoloraError
-from molora.kernels.dispatch import mix_linear, rank_mix
+from molora.kernels.dispatch import mix_linear
 from molora.routers import BALANCES, BiasedRouter
 from molora.routers.balance import Seen
 from molora.routing import ROUTER_DTYPE, Routing, gate
@@ -181,7 +181,7 @@ class MixtureLinear(RoutedModule):
         """
         weight = getattr(self.base_layer, "weight", None)
         dtype = weight.dtype if isinstance(weight, Tensor) else None
-        if dtype in FLOATS and dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if dtype != x.dtype and dtype in FLOATS and not torch.is_autocast_enabled(x.device.type):
             raise ConfigError(
                 f"{self.site.path}: got an input of {x.dtype} on weights of {dtype}, expected one dtype; cast "
                 f"the inputs to {dtype}, load the model in {x.dtype}, or run under torch.autocast"
@@ -209,21 +209,17 @@ class MixtureLinear(RoutedModule):
         if context.is_off(self.owner):
             return cast(Tensor, self.base_layer(x))
         frame = context.current()
-        if self.placement.router.scope == "model" and frame is not None and frame.pass_value == 0.0:
+        if frame is not None and frame.pass_value == 0.0 and self.placement.router.scope == "model":
             return self.base(x)
         x_TI = x.reshape(-1, x.shape[-1])
         dropped_TI = self.dropped(x_TI)
         routing = self._routing(x_TI, dropped_TI)
-        if self.bank is None:
+        bank = self.bank
+        if bank is None:
             return self.base(x)
-        experts = (self.bank.lora_A, self.bank.lora_B, routing, self.bank.layout)
-        if dropped_TI is x_TI:
-            y_TO = mix_linear(self.kernel, x_TI, self.base_layer, *experts)
-            if y_TO is not None:
-                return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
-        base = self.base(x)
-        y_TO = rank_mix(self.kernel, base.reshape(-1, base.shape[-1]), dropped_TI, *experts)
-        return y_TO.view(base.shape)
+        experts = (bank.lora_A, bank.lora_B, routing, bank.layout)
+        y_TO = mix_linear(self.kernel, self.base_layer, lambda: self.base(x), x_TI, dropped_TI, experts)
+        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
 
 class SavedModule(nn.Module):
