@@ -23,7 +23,7 @@ from rich.table import Table
 
 from benchmarks import subjects
 from benchmarks.memory import peak_mib
-from benchmarks.timing import ROOT, interleaved, machine, ratio
+from benchmarks.timing import ROOT, interleaved, keep_freed_memory, machine, ratio
 from molora.install import sites_of
 
 EXPERTS = (4, 8, 16, 32, 64)
@@ -98,7 +98,7 @@ def curve(rounds: int, progress: Progress) -> tuple[list[dict[str, float]], Line
 
 def measure(quick: bool, progress: Progress) -> tuple[list[Line], dict[str, Any]]:
     """Every section; ``quick`` cuts repetitions and leaves out memory and the long generation."""
-    rounds, lines, record = (2 if quick else 7), [], {}
+    rounds, lines, record = (2 if quick else 5), [], {}
     ours, theirs = subjects.xlora(), subjects.peft_xlora()
     record["xlora_relative_difference"] = agree(ours, theirs)
 
@@ -181,6 +181,7 @@ def show(lines: list[Line], record: dict[str, Any], console: Console) -> None:
 def main(out: Path | None = None, check: bool = False, quick: bool = False) -> int:
     """Measure, print, write a dated JSON; with ``check``, 1 when a goal was missed."""
     torch.set_num_threads(os.cpu_count() or 1)
+    record_allocator = keep_freed_memory()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     console, started = Console(), time.perf_counter()
@@ -191,7 +192,8 @@ def main(out: Path | None = None, check: bool = False, quick: bool = False) -> i
     path = out or ROOT / "benchmarks" / "results" / f"cpu-{today}{'-quick' if quick else ''}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     figures = [{**asdict(line), "met": line.met} for line in lines]
-    result = {"date": today, "machine": machine(), "threads": torch.get_num_threads(), "figures": figures, **record}
+    result = {"date": today, "machine": machine(), "threads": torch.get_num_threads(), "allocator": record_allocator}
+    result |= {"figures": figures, **record}
     result["wall_s"] = round(time.perf_counter() - started, 1)
     path.write_text(json.dumps(result, indent=1) + "\n")
     console.print(f"{result['wall_s']:.0f} s; written to {path}")

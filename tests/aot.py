@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -112,7 +112,8 @@ def _contract(dtype: str) -> Iterator[Variant]:
         types = {**x, **GATE_TYPES, "out_ptr": p, "gated_ptr": p, "h_ptr": p}
         h = {**block, **forward, **TOP_K, "MODE": 1, "h_ptr": None, "dw_ptr": None, "stride_we": 1}
         yield _variant(f"{name}-forward", concat.contract_kernel, types, h, t, True)
-        for form, constants in (("top_k", TOP_K), ("dense", DENSE)):
+        forms = (("top_k", TOP_K), ("dense", DENSE)) if dtype == "bf16" else (("top_k", TOP_K),)
+        for form, constants in forms:
             back = {**block, **constants, "MODE": 2, "stride_xk": 1, "stride_mr": 1, "stride_we": 1}
             back |= {"ids_ptr": None} if form == "dense" else {}
             yield _variant(f"{name}-backward-{form}", concat.contract_kernel, types, back, t, True)
@@ -142,7 +143,9 @@ def _outer(dtype: str) -> Iterator[Variant]:
 
 
 def _gates(dtype: str) -> Iterator[Variant]:
-    """Kernels without products; their tiles do not depend on the dtype."""
+    """Kernels without products: they compute in float32, whatever they read and write."""
+    if dtype != "bf16":
+        return
     p = f"*{dtype}"
     for (name, _, ranks, _), t in TILES.items():
         if name != "gate":
@@ -158,7 +161,18 @@ def _gates(dtype: str) -> Iterator[Variant]:
         yield _variant(f"slot_gate-{ranks}-{dtype}", concat.slot_gate_kernel, {**GATE_TYPES, **slots}, both, t, False)
 
 
-@functools.cache
-def variants(dtype: str) -> tuple[Variant, ...]:
-    """Every kernel of the package."""
-    return tuple(concat_variants(dtype))
+def over_variants(dtype: str, others: Iterable[Variant] = ()) -> Any:
+    """Parametrize a test over every kernel and tile of a dtype, and over the architectures."""
+    found = pytest.mark.parametrize("variant", [*concat_variants(dtype), *others], ids=lambda v: v.name)
+    return lambda test: found(pytest.mark.parametrize("arch", ARCHS, ids=lambda a: f"sm_{a}")(test))
+
+
+def check(variant: Variant, arch: int, exact_float32: bool = False) -> None:
+    """Fits the chip; for half precision also: no spills, and tensor-core instructions for each product."""
+    c = compiled(variant, arch)
+    assert c.shared <= SHARED_LIMIT[arch], f"{c.shared} bytes of shared memory"
+    if exact_float32:
+        return
+    assert c.stack <= 16, f"{c.stack} bytes of registers spill into memory: a smaller tile, or more warps"
+    if variant.dots:
+        assert tensor_core_instruction(arch, variant.rows_of_tile) in c.ptx
