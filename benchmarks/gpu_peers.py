@@ -37,6 +37,12 @@ class Mixture(NamedTuple):
         r = self.layout.ranks[0]
         return list(zip(self.A.split(r), self.B.split(r, 1), strict=True))
 
+    def groups(self) -> dict[str, Any]:
+        """The experts' ranks as the sorted kernels take them."""
+        E, r = len(self.layout.ranks), self.layout.ranks[0]
+        start_E = torch.arange(E + 1, device=self.x.device) * r
+        return {"start_E": start_E, "scale_R": self.layout.scale_R, "max_rank": r}
+
     def dense(self) -> Tensor:
         """The weights as (T, E)."""
         if self.ids is None:
@@ -114,13 +120,14 @@ def scatter(m: Mixture) -> Tensor:
     one = torch.ones(T * K, 1, device=flat.device)
     rows = m.x.unsqueeze(1).expand(T, K, -1).reshape(T * K, -1)
     zeros = torch.zeros(T * K, m.B.shape[0], dtype=m.x.dtype, device=flat.device)
-    out = grouped_ops.sorted_mix(zeros, rows, m.A, m.B, one, flat, layout=m.layout).view(T, K, -1)
+    out = grouped_ops.sorted_mix(zeros, rows, m.A, m.B, one, flat, **m.groups()).view(T, K, -1)
     return linear(m.x, m.W) + (out * m.weights.unsqueeze(-1).to(out.dtype)).sum(1)
 
 
 def sorted_mix(m: Mixture) -> Tensor:
     """Tokens sorted by expert, one pass for each choice."""
-    return grouped_ops.sorted_mix(linear(m.x, m.W), m.x, m.A, m.B, m.weights, m.ids, layout=m.layout)
+    assert m.ids is not None
+    return grouped_ops.sorted_mix(linear(m.x, m.W), m.x, m.A, m.B, m.weights, m.ids, **m.groups())
 
 
 def eager_concat(m: Mixture) -> Tensor:

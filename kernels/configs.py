@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 from molora.errors import ConfigError
 
-__all__ = ["FUSED_RANK", "MAX_RANK", "TILES", "Tile", "ceil_div", "rank_block", "splits", "tile", "walk"]
+__all__ = ["FUSED_RANK", "MAX_RANK", "RIDGE", "TILES", "Tile", "ceil_div", "rank_block", "splits", "tile", "walk"]
 
 MAX_RANK = 4096  # total rank that the concat kernels take; a sum this wide belongs to the sorted kernels anyway
+RIDGE = 236  # products per byte at which an H100 leaves the limit of its memory (790e12 / 3.35e12); an H200: 165
 FUSED_RANK = 64  # up to which the gate follows in the program of the product; a wider tile spills its registers
 PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200: enough to hide latency
 FEW = 64  # rows below which a tile of 16 rows wastes less than one of 128

@@ -3,40 +3,50 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from molora.errors import ConfigError, nearest
-from molora.kernels import functional, reference
-from molora.kernels.configs import MAX_RANK
+from molora.kernels import functional, grouped_ops, reference
+from molora.kernels.configs import MAX_RANK, RIDGE
 from molora.kernels.reference import Layout
 from molora.routing import Routing
 
-__all__ = ["KERNELS", "Call", "Choice", "Kernel", "choose", "contract_slots", "expand_slots", "known"]
-__all__ += ["mix_linear"]
-
+__all__ = ["KERNELS", "Call", "Choice", "Kernel", "choose", "contract_slots", "expand_slots", "known", "mix_linear"]
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Call(NamedTuple):
-    """What a choice depends on: total rank, device and dtype of x; never its values."""
+    """What a choice depends on: sizes, device, dtype, and whether gradients are recorded; never values.
+
+    ``choices``: experts chosen per token, 0 where every expert has a weight or counts 1. ``max_rank``: the largest rank
+    of an expert.
+    """
 
     total_rank: int
     device_type: str
     dtype: torch.dtype
+    experts: int = 1
+    choices: int = 0
+    max_rank: int = 1
+    tokens: int = 1 << 20
+    grad: bool = True
 
     @classmethod
-    def of(cls, x: Tensor, total_rank: int) -> Call:
-        """The call that multiplies ``x`` with ``total_rank`` ranks; the dtype is autocast's where that is on."""
-        lowers = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if lowers else x.dtype
-        return cls(total_rank, x.device.type, dtype)
+    def of(cls, x: Tensor, routing: Routing | None, layout: Layout) -> Call:
+        """The call that sends ``x`` through a bank; the dtype is autocast's where that is on."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        choices = 0 if routing is None or routing.ids is None else routing.ids.shape[1]
+        sizes = (len(layout.ranks), choices, max(layout.ranks, default=0), x.shape[0])
+        return cls(layout.expert_R.shape[0], device, dtype, *sizes, torch.is_grad_enabled())
 
 
 class Choice(NamedTuple):
@@ -50,13 +60,14 @@ class Kernel(NamedTuple):
     """One way to compute each sum; all have one meaning, that of :func:`molora.kernels.reference.rank_mix_loop`.
 
     ``mix(base, x, A, B, routing, layout)``; ``expand(base, x, A, B, routing, layout)``;
-    ``contract(h, A, B, routing, layout)``; ``linear(x, W, bias, A, B, routing, layout)`` for a frozen ``nn.Linear``,
-    or None where the base is always called first; ``refuses(call)``: why it cannot run, or None.
+    ``contract(h, A, B, routing, layout)``; None for both where the kernel is for linears only, and the blocks take
+    the one of ``"auto"``. ``linear(x, W, bias, A, B, routing, layout)`` for a frozen ``nn.Linear``, or None where the
+    base is always called first. ``refuses(call)``: why it cannot run, or None.
     """
 
     mix: Callable[..., Tensor]
-    expand: Callable[..., Tensor]
-    contract: Callable[..., Tensor]
+    expand: Callable[..., Tensor] | None
+    contract: Callable[..., Tensor] | None
     linear: Callable[..., Tensor] | None
     refuses: Callable[[Call], str | None]
 
@@ -109,6 +120,21 @@ def _triton_contract(h: Tensor, A: Tensor, B: Tensor, routing: Routing, layout: 
     return functional.contract_slots(h, routing.weights, A, B, routing.slot_ids(), **maps)
 
 
+def _groups(routing: Routing, layout: Layout) -> dict[str, Any]:
+    start_E = layout.start_E
+    if start_E is None:
+        start_E = torch.tensor([0, *itertools.accumulate(layout.ranks)], device=layout.expert_R.device)
+    return {"start_E": start_E, "scale_R": layout.scale_R, "max_rank": max(layout.ranks)}
+
+
+def _sorted_mix(base: Tensor, x: Tensor, A: Tensor, B: Tensor, routing: Routing, layout: Layout) -> Tensor:
+    return grouped_ops.sorted_mix(base, x, A, B, routing.weights, routing.slot_ids(), **_groups(routing, layout))
+
+
+def _gather_mix(base: Tensor, x: Tensor, A: Tensor, B: Tensor, routing: Routing, layout: Layout) -> Tensor:
+    return grouped_ops.gather_mix(base, x, A, B, routing.weights, routing.slot_ids(), **_groups(routing, layout))
+
+
 def _never(call: Call) -> str | None:
     return None
 
@@ -125,10 +151,28 @@ def _triton_refuses(call: Call) -> str | None:
     return None
 
 
+def _sorted_refuses(call: Call) -> str | None:
+    if not call.choices:
+        return "sorting needs a choice of experts, and here every expert counts"
+    if call.max_rank > grouped_ops.MAX_EXPERT_RANK:
+        return (
+            f"an expert of {call.max_rank} ranks is larger than the {grouped_ops.MAX_EXPERT_RANK} of the sorted kernels"
+        )
+    return _triton_refuses(call._replace(total_rank=1)) if call.device_type == "cuda" else None
+
+
+def _gather_refuses(call: Call) -> str | None:
+    if call.grad:
+        return "gathering rows of experts is for inference under torch.no_grad()"
+    return _sorted_refuses(call._replace(max_rank=1))
+
+
 KERNELS: dict[str, Kernel] = {
     "concat": Kernel(_concat, _expand, _contract, None, _never),
     "loop": Kernel(_loop, _expand, _contract, None, _never),
     "triton": Kernel(_triton_mix, _triton_expand, _triton_contract, _triton_linear, _triton_refuses),
+    "sorted": Kernel(_sorted_mix, None, None, None, _sorted_refuses),
+    "gather": Kernel(_gather_mix, None, None, None, _gather_refuses),
 }
 
 
@@ -139,15 +183,24 @@ def choose(kernel: str, call: Call) -> Choice:
         ConfigError: for a name that is not in ``KERNELS``, or a kernel asked for that cannot run here.
     """
     if kernel == "auto":
-        if call.device_type != "cuda":
-            return Choice("concat", f"the tensors are on {call.device_type}")
-        if refusal := _triton_refuses(call):
-            return Choice("concat", refusal)
-        return Choice("triton", f"CUDA tensors of {call.dtype}, {call.total_rank} ranks side by side")
+        return _automatic(call)
     known(kernel)
     if refusal := KERNELS[kernel].refuses(call):
         raise ConfigError(f"kernel: got {kernel!r}, but {refusal}; take kernel='auto'")
     return Choice(kernel, "asked for by kernel=")
+
+
+def _automatic(call: Call) -> Choice:
+    if call.device_type != "cuda":
+        return Choice("concat", f"the tensors are on {call.device_type}")
+    side = f"{call.total_rank} ranks side by side"
+    if 4 * call.tokens * call.choices < call.experts and not _gather_refuses(call):
+        return Choice("gather", f"{call.tokens} tokens choose {call.choices} of {call.experts} experts")
+    if call.total_rank > 2 * call.choices * RIDGE and not _sorted_refuses(call):
+        return Choice("sorted", f"{side} cost more than {call.choices} passes over sorted tokens")
+    if refusal := _triton_refuses(call):
+        return Choice("concat", refusal)
+    return Choice("triton", f"CUDA tensors of {call.dtype}, {side}")
 
 
 def known(kernel: str) -> None:
@@ -162,8 +215,10 @@ def known(kernel: str) -> None:
         )
 
 
-def _chosen(kernel: str, x: Tensor, total_rank: int) -> Kernel:
-    return KERNELS[choose(kernel, Call.of(x, total_rank)).name]
+def _chosen(kernel: str, x: Tensor, routing: Routing | None, layout: Layout) -> Kernel:
+    if kernel == "auto" and x.device.type == "cpu":  # as choose() says; asking it costs more than a gate of one token
+        return KERNELS["concat"]
+    return KERNELS[choose(kernel, Call.of(x, routing, layout)).name]
 
 
 def mix_linear(
@@ -181,7 +236,7 @@ def mix_linear(
     ``nn.Linear`` that nobody hooks into (not quantised, sharded, or gathered on use) and the experts see the same x;
     otherwise ``base()`` is called for the layer's output.
     """
-    chosen = _chosen(kernel, dropped_TI, experts[0].shape[0])
+    chosen = _chosen(kernel, dropped_TI, *experts[2:])
     if chosen.linear is not None and dropped_TI is x_TI and _plain(layer, x_TI):
         return chosen.linear(x_TI, layer.weight, layer.bias, *experts)
     y = base()
@@ -201,9 +256,19 @@ def expand_slots(
     kernel: str, base_TF: Tensor, x_TD: Tensor, A_RD: Tensor, B_FR: Tensor, routing: Routing, layout: Layout
 ) -> Tensor:
     """``y[t, k] = base[t] + s B_e A_e x[t]`` with e the expert of slot k: (T, K, F)."""
-    return _chosen(kernel, x_TD, A_RD.shape[0]).expand(base_TF, x_TD, A_RD, B_FR, routing, layout)
+    expand = _for_slots(kernel, x_TD, layout).expand
+    assert expand is not None
+    return expand(base_TF, x_TD, A_RD, B_FR, routing, layout)
 
 
 def contract_slots(kernel: str, h_TKF: Tensor, A_RF: Tensor, B_DR: Tensor, routing: Routing, layout: Layout) -> Tensor:
     """``sum_k w[t, k] s B_e A_e h[t, k]``: (T, D)."""
-    return _chosen(kernel, h_TKF, A_RF.shape[0]).contract(h_TKF, A_RF, B_DR, routing, layout)
+    contract = _for_slots(kernel, h_TKF, layout).contract
+    assert contract is not None
+    return contract(h_TKF, A_RF, B_DR, routing, layout)
+
+
+def _for_slots(kernel: str, x: Tensor, layout: Layout) -> Kernel:
+    """As if every expert counted: slots are made for each token, whatever was chosen for it."""
+    only_linears = kernel in KERNELS and KERNELS[kernel].expand is None
+    return _chosen("auto" if only_linears else kernel, x, None, layout)

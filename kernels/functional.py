@@ -19,10 +19,13 @@ from torch import Tensor
 
 from molora.errors import ConfigError
 from molora.kernels.configs import MAX_RANK
+from molora.kernels.glu_ops import mix_glu
+from molora.kernels.grouped_ops import gather_mix, grouped_lora, sorted_mix
 from molora.kernels.ops import rank_mix_linear_op, rank_mix_op
 from molora.kernels.slot_ops import contract_slots_op, expand_slots_op
 
-__all__ = ["contract_slots", "expand_slots", "rank_mix", "rank_mix_linear", "rank_mix_linears"]
+__all__ = ["contract_slots", "expand_slots", "gather_mix", "grouped_lora", "mix_glu", "rank_mix", "rank_mix_linear"]
+__all__ += ["rank_mix_linears", "sorted_mix"]
 
 
 def rank_mix(

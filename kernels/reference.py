@@ -22,6 +22,7 @@ class Layout(NamedTuple):
 
     ``ranks``: rank per expert. ``scales``: factor per expert. ``expert_R``: (R,) int64, the expert of each rank.
     ``scale_R``: (R,) float32. ``gate_ER``: see :func:`gates_of`; made anew when it is None.
+    ``start_E``: (E + 1,) int64, where each expert's ranks begin, and R; made anew when it is None.
     """
 
     ranks: tuple[int, ...]
@@ -29,6 +30,7 @@ class Layout(NamedTuple):
     expert_R: Tensor
     scale_R: Tensor
     gate_ER: Tensor | None = None
+    start_E: Tensor | None = None
 
     @property
     def rank(self) -> int | None:

@@ -7,6 +7,7 @@ parameters a gradient, zero for the ranks of idle experts.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +31,7 @@ class ExpertBank(nn.Module):
     expert_R: Tensor
     scale_R: Tensor
     gate_ER: Tensor
+    start_E: Tensor
 
     def __init__(self, site: SiteConfig, *, train: bool, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -45,6 +47,8 @@ class ExpertBank(nn.Module):
         scales = torch.tensor([self.scales[e] for e in owners], dtype=torch.float32, device=device)
         self.register_buffer("scale_R", scales, persistent=False)
         self.register_buffer("gate_ER", gates_of(self.expert_R, self.scale_R, self.ranks), persistent=False)
+        starts = torch.tensor([0, *itertools.accumulate(self.ranks)], dtype=torch.int64, device=device)
+        self.register_buffer("start_E", starts, persistent=False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ExpertBank:
         """Casts and moves as any module, but for the maps: a cast would round the scales, ``to_empty`` lose both."""
@@ -57,7 +61,7 @@ class ExpertBank(nn.Module):
     @property
     def layout(self) -> Layout:
         """What the kernels need to know of the packing."""
-        return Layout(self.ranks, self.scales, self.expert_R, self.scale_R, self.gate_ER)
+        return Layout(self.ranks, self.scales, self.expert_R, self.scale_R, self.gate_ER, self.start_E)
 
     def reset_parameters(self, generator: torch.Generator, init: str) -> None:
         """Draw A, and B for ``init="random"`` (else zero), from ``generator`` alone.

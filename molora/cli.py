@@ -185,19 +185,25 @@ def _show_kernels() -> None:
     from molora.kernels.configs import tile
     from molora.kernels.dispatch import KERNELS, Call, choose
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = torch.cuda.get_device_name() if device == "cuda" else "no CUDA device"
-    output.print(f"kernel='auto' on {device} ({name}), triton {_version('triton')}", highlight=False)
-    table = Table("ranks side by side", "dtype", "kernel", "why", "tile (rows, cols, depth, warps, stages)")
-    for ranks in (8, 64, 128, 512, 8192):
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.cuda.get_device_name() if here == "cuda" else "no CUDA device"
+    output.print(
+        f"This machine: {device}; triton {_version('triton')}. On a CPU, kernel='auto' is concat.", highlight=False
+    )
+    names = ("experts x rank", "dtype", "kernel", "why", "tile of the first product")
+    table = Table(*names, title="kernel='auto' on CUDA", title_justify="left")
+    for experts, rank, choices in ((1, 8, 0), (8, 8, 2), (8, 16, 2), (64, 1, 8), (64, 32, 2)):
         for dtype in (torch.bfloat16, torch.float32):
-            found = choose("auto", Call(ranks, device, dtype))
-            shown = str(tuple(tile("contract", 8192, ranks, dtype.itemsize))) if found.name == "triton" else ""
-            table.add_row(str(ranks), str(dtype)[6:], found.name, found.reason, shown)
+            total = experts * rank
+            found = choose("auto", Call(total, "cuda", dtype, experts, choices, rank))
+            t = tile("contract", 8192, total, dtype.itemsize)
+            size = f"{t.rows} x {t.cols} x {t.depth}, {t.warps} warps" if found.name == "triton" else ""
+            shape = f"{experts} x {rank}, {choices or 'all'} chosen"
+            table.add_row(shape, str(dtype)[6:], found.name, found.reason, size)
     output.print(table)
-    known = Table("kernel=", "on this machine")
+    known = Table("kernel=", f"asked for here ({here})")
     for kernel, implementation in KERNELS.items():
-        known.add_row(kernel, implementation.refuses(Call(64, device, torch.float32)) or "runs")
+        known.add_row(kernel, implementation.refuses(Call(64, here, torch.float32, 8, 2, 8, grad=False)) or "runs")
     output.print(known)
 
 

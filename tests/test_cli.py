@@ -122,3 +122,12 @@ def test_trains_from_the_shell(run_file: Path) -> None:
     assert "counting.jsonl" in done.stdout
     assert "100%" in done.stderr  # the Trainer's own progress bar
     assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(os.listdir(run_file.parent / "out"))
+
+
+def test_info_says_which_kernel_runs_and_why(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = molora(capsys, monkeypatch, "info", "--kernels")
+    assert code == 0
+    said = ("triton", "sorted", "concat", "64 x 32, 2 chosen", "passes over sorted tokens", "128 x 16 x 128")
+    assert [s for s in said if s not in out] == []

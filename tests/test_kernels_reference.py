@@ -213,6 +213,21 @@ def test_choice_on_cuda_depends_on_dtype_and_ranks_alone():
         assert why in choose("auto", call).reason
 
 
+def test_many_ranks_are_sorted_and_few_tokens_of_many_experts_gathered():
+    """By sizes: two passes over sorted tokens against a product with all ranks; rows of a few experts against both."""
+    many = Call(2048, "cuda", torch.bfloat16, experts=64, choices=2, max_rank=32, tokens=4096)
+    assert choose("auto", many).name == "sorted"
+    assert choose("auto", many._replace(total_rank=900)).name == "triton"
+    assert choose("auto", many._replace(choices=0)).name == "triton"
+    assert choose("auto", many._replace(max_rank=200)).name == "triton"
+    assert choose("auto", many._replace(tokens=1, grad=False)).name == "gather"
+    assert choose("auto", many._replace(tokens=1)).name == "sorted"
+    with pytest.raises(ValueError, match="no_grad"):
+        choose("gather", many)
+    with pytest.raises(ValueError, match="every expert counts"):
+        choose("sorted", many._replace(choices=0))
+
+
 @pytest.mark.skipif(dispatch.INTERPRETED, reason="in the interpreter Triton kernels run on the CPU")
 def test_triton_without_a_device_is_refused_with_the_remedy():
     with pytest.raises(ValueError, match="CUDA device.*kernel='auto'"):

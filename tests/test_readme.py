@@ -41,9 +41,11 @@ def test_the_first_example_is_ten_lines():
 def test_the_tree_names_what_is_there():
     tree = README.split("## The house")[1].split("```")[1]
     top = [line.split()[0] for line in tree.splitlines() if line and not line.startswith(" ")]
-    inside = re.findall(r"[a-z_]+\.py|[a-z]+/", "\n".join(x for x in tree.splitlines() if x.startswith("  ")))
     assert all((ROOT / name).exists() for name in top), top
-    assert all((ROOT / "molora" / name).exists() for name in inside), inside
+    for part in re.split(r"\n(?=\S)", tree.strip()):  # a folder, and what stands in it
+        folder, _, rest = part.partition("\n")
+        for name in re.findall(r"[a-z_]+\.py|[a-z]+/", rest):
+            assert (ROOT / folder.split()[0] / name).exists(), name
 
 
 def test_make_targets_that_the_readme_names_exist():

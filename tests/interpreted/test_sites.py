@@ -73,7 +73,18 @@ def test_dropout_and_hooks_call_the_layer_itself(root: Path):
     assert {n for seen in ops.seen.values() for n in seen} == {"rank_mix_linear"}
 
 
-@pytest.mark.parametrize("recipe", tiny.RECIPES)
+@pytest.mark.parametrize(("recipe", "kernel"), [("mola", "sorted"), ("smora", "sorted"), ("smora", "gather")])
+def test_sorted_and_gathered_sites_mean_the_same(recipe: str, kernel: str, root: Path):
+    model = built(recipe, root, kernel)
+    inputs = {k: v.to(DEVICE) for k, v in tiny.batch("llama", rows=1, length=5).items()}
+    with Ops(model) as ops, torch.no_grad():
+        logits = model(**inputs).logits
+    assert {n for seen in ops.seen.values() for n in seen} == {f"{kernel}_mix"}
+    with torch.no_grad():
+        close(logits, built(recipe, root, "concat")(**inputs).logits, "same_math_fp32")
+
+
+@pytest.mark.parametrize("recipe", ["mixlora", "smora", "xlora"])  # the operators of blocks, of linears, and two passes
 def test_one_graph_for_every_length(recipe: str, root: Path):
     """Full-graph compilation with unknown length: the operators do not break it."""
     model = built(recipe, root, "triton")
