@@ -76,7 +76,7 @@ def expand(
     """``base[n // share] + (h b^T)[n]``; ``out`` may be the base."""
     y_NO = h_NR @ b_OR.t()
     if base_TO is not None:
-        y_NO = (y_NO.unflatten(0, (-1, share)) + base_TO.unsqueeze(1)).flatten(0, 1) if share > 1 else base_TO + y_NO
+        y_NO = y_NO + (base_TO.repeat_interleave(share, 0) if share > 1 else base_TO)
     return y_NO.to(dtype) if out is None else out.copy_(y_NO)
 
 

@@ -29,7 +29,7 @@ def expand_slots_op(
     u_TR = steps.contract(x, A.to(x.dtype))
     _, gated_TKR, _ = steps.slot_gates(u_TR, None, Gates(None, ids, expert, scale))
     y = steps.expand(gated_TKR.flatten(0, 1), B.to(x.dtype), base, base.dtype, share=K)
-    return y.view(T, K, -1), u_TR
+    return y.view(T, K, B.shape[0]), u_TR
 
 
 @expand_slots_op.register_fake
@@ -52,8 +52,8 @@ def expand_slots_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dA, dB as far as ``needs`` asks for them."""
     steps, (need_x, need_A, need_B), (T, K) = steps_for(x), needs, ids.shape
-    grad_NF = grad.to(x.dtype).reshape(T * K, -1)
-    d_TKR = steps.contract(grad_NF, B.to(x.dtype).t()).view(T, K, -1)
+    grad_NF = grad.to(x.dtype).reshape(T * K, B.shape[0])
+    d_TKR = steps.contract(grad_NF, B.to(x.dtype).t()).view(T, K, A.shape[0])
     du_TR, gated_TKR, _ = steps.slot_gates(u, d_TKR, Gates(None, ids, expert, scale))
     dx = steps.expand(du_TR, A.to(x.dtype).t(), None, x.dtype) if need_x else empty(x)
     dA = steps.outer(x, du_TR, A.dtype, transposed=True) if need_A else empty(A)
@@ -91,7 +91,7 @@ def contract_slots_op(
 ) -> tuple[Tensor, Tensor]:
     """h (T, K, F), weights and ids (T, K), A (R, F), B (D, R) -> y (T, D) in the dtype of h, u = h A^T (T, K, R)."""
     steps = steps_for(h)
-    u_TKR = steps.contract(h.flatten(0, 1), A.to(h.dtype)).view(*ids.shape, -1)
+    u_TKR = steps.contract(h.flatten(0, 1), A.to(h.dtype)).view(*ids.shape, A.shape[0])
     gated_TR, _, _ = steps.slot_gates(None, u_TKR, Gates(weights, ids, expert, scale))
     return steps.expand(gated_TR, B.to(h.dtype), None, h.dtype), u_TKR
 

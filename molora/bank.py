@@ -36,6 +36,7 @@ class ExpertBank(nn.Module):
     def __init__(self, site: SiteConfig, *, train: bool, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.ranks, self.scales = site.expert_ranks(), site.expert_scales()
+        self._layout: Layout | None = None
         R = sum(self.ranks)
         self.lora_A = nn.Parameter(torch.empty(R, site.in_features, dtype=dtype, device=device), requires_grad=train)
         self.lora_B = nn.Parameter(torch.empty(site.out_features, R, dtype=dtype, device=device), requires_grad=train)
@@ -60,8 +61,12 @@ class ExpertBank(nn.Module):
 
     @property
     def layout(self) -> Layout:
-        """What the kernels need to know of the packing."""
-        return Layout(self.ranks, self.scales, self.expert_R, self.scale_R, self.gate_ER, self.start_E)
+        """What the kernels need to know of the packing; made once for the same buffers."""
+        buffers, made = self._buffers, self._layout
+        if made is None or made.ranks is not self.ranks or made.scale_R is not buffers["scale_R"]:
+            made = Layout(self.ranks, self.scales, self.expert_R, self.scale_R, self.gate_ER, self.start_E)
+            self._layout = made
+        return made
 
     def reset_parameters(self, generator: torch.Generator, init: str) -> None:
         """Draw A, and B for ``init="random"`` (else zero), from ``generator`` alone.

@@ -179,14 +179,15 @@ class MixtureLinear(RoutedModule):
         Raises:
             ConfigError: for an input of another float dtype than the weight's, without autocast.
         """
-        weight = getattr(self.base_layer, "weight", None)
+        layer = self.base_layer
+        weight = getattr(layer, "weight", None)
         dtype = weight.dtype if isinstance(weight, Tensor) else None
         if dtype != x.dtype and dtype in FLOATS and not torch.is_autocast_enabled(x.device.type):
             raise ConfigError(
                 f"{self.site.path}: got an input of {x.dtype} on weights of {dtype}, expected one dtype; cast "
                 f"the inputs to {dtype}, load the model in {x.dtype}, or run under torch.autocast"
             )
-        return cast(Tensor, self.base_layer(x))
+        return cast(Tensor, layer(x))
 
     def dropped(self, x_TI: Tensor) -> Tensor:
         """The experts' input: one dropout mask for all of them, in train mode only."""
