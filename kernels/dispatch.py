@@ -247,6 +247,10 @@ def _plain(layer: nn.Module, x: Tensor) -> bool:
     hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
     if type(layer) is not nn.Linear or hooked or "forward" in vars(layer):
         return False
+    if torch.is_autocast_enabled(
+        x.device.type
+    ):  # which keeps the weight that it cast; the operator would cast each time
+        return False
     frozen = not layer.weight.requires_grad and (layer.bias is None or not layer.bias.requires_grad)
     whole = type(layer.weight) in (nn.Parameter, Tensor) and layer.weight.shape == (layer.out_features, x.shape[-1])
     return frozen and whole and layer.weight.dtype == x.dtype

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("triton", reason="the extra 'triton' is not installed")
 
+from molora.kernels.configs import TILES
 from tests.test_interpreted import run
 
 CELLS = {
@@ -17,10 +21,20 @@ CELLS = {
 }
 
 
+@pytest.fixture(scope="module")
+def wide_tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiles that hold all rows of the tiny model at once: the interpreter takes time by programs, not by size."""
+    wide = {k: t._replace(rows=64) for k, t in TILES.items() if k[0] in ("contract", "expand") and k[3] == 4}
+    path = tmp_path_factory.mktemp("tiles") / "tiles.json"
+    path.write_text(json.dumps({"tiles": [[list(k), list(t)] for k, t in wide.items()]}))
+    return path
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS)
-def test_behaviour_matrix_on_triton(cell: str):
+def test_behaviour_matrix_on_triton(cell: str, wide_tiles: Path):
     only = [] if cell == "oracle" else ["-k", "llama and not fp16 and not bf16"]
-    said = run(*(f"tests/{t}" for t in CELLS[cell]), *only, MOLORA_TEST_KERNEL="triton")
+    tests = (f"tests/{t}" for t in CELLS[cell])
+    said = run(*tests, *only, MOLORA_TEST_KERNEL="triton", MOLORA_TILES=str(wide_tiles))
     assert "passed" in said
     assert "failed" not in said
