@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,13 +13,13 @@ from torch import Tensor, nn
 from molora.errors import ConfigError, nearest
 from molora.kernels import functional, grouped_ops, reference
 from molora.kernels.configs import MAX_RANK, RIDGE
+from molora.kernels.ops import INTERPRETED
 from molora.kernels.reference import Layout
 from molora.routing import Routing
 
 __all__ = ["KERNELS", "Call", "Choice", "Kernel", "choose", "contract_slots", "expand_slots", "known", "mix_linear"]
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Call(NamedTuple):

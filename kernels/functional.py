@@ -2,7 +2,7 @@
 
 Dimension letters: ``molora/routing.py``. On CUDA these run the Triton kernels, on a CPU plain PyTorch; all of them
 are differentiable in x, A, B, the weights and the base, work under ``torch.autocast`` (products are then taken in its
-dtype), in ``torch.compile(fullgraph=True)`` and in a captured CUDA graph.
+dtype) and in ``torch.compile(fullgraph=True)``; nothing in them waits for the device.
 
 Who weighs which ranks is said in one of three ways: ``weights`` (T, K) with ``ids`` (T, K), an id below 0 or of no
 expert marking an empty slot; ``weights`` (T, E) alone; or neither, and every rank counts 1. ``expert`` (R,) is the
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from molora.errors import ConfigError
+from molora.kernels.checks import expect, lowered
 from molora.kernels.configs import MAX_RANK
 from molora.kernels.glu_ops import mix_glu
 from molora.kernels.grouped_ops import gather_mix, grouped_lora, sorted_mix
@@ -48,10 +49,10 @@ def rank_mix(
         ConfigError: shapes that do not fit, tensors on several devices, a dtype that the kernels do not take.
     """
     _check("rank_mix", x_TI, A_RI, B_OR, weights, ids_TK, expert_R, scale_R)
-    _expect("rank_mix", "base", base_TO, (x_TI.shape[0], B_OR.shape[0]), x_TI.device)
+    expect("rank_mix", "base", base_TO, (x_TI.shape[0], B_OR.shape[0]), x_TI.device)
     if A_RI.shape[0] == 0:
         return base_TO
-    x_TI = _lowered(x_TI)
+    x_TI = lowered(x_TI)
     y_TO: Tensor = rank_mix_op(base_TO, x_TI, A_RI, B_OR, weights, ids_TK, expert_R, scale_R)[0]
     return y_TO
 
@@ -109,14 +110,14 @@ def rank_mix_linears(
         )
     for W, b, A, B, w, i, e, s in zip(*lists, strict=True):
         _check("rank_mix_linear", x_TI, A, B, w, i, e, s)
-        _expect("rank_mix_linear", "W", W, (B.shape[0], x_TI.shape[1]), x_TI.device)
+        expect("rank_mix_linear", "W", W, (B.shape[0], x_TI.shape[1]), x_TI.device)
         if b is not None:
-            _expect("rank_mix_linear", "bias", b, (B.shape[0],), x_TI.device)
+            expect("rank_mix_linear", "bias", b, (B.shape[0],), x_TI.device)
         if W.requires_grad or (b is not None and b.requires_grad):
             raise ConfigError("rank_mix_linear: got a weight that wants a gradient, expected frozen ones; use rank_mix")
         if A.shape[0] == 0:
             raise ConfigError("rank_mix_linear: got no ranks, expected at least one; call the linear itself")
-    x_TI = _lowered(x_TI)
+    x_TI = lowered(x_TI)
     W_cast = [W.to(x_TI.dtype) for W in W_OI]
     nothing = x_TI.new_empty(0)
     bias_cast = [nothing if b is None else b.to(x_TI.dtype) for b in bias_O]
@@ -142,10 +143,10 @@ def expand_slots(
         ConfigError: as :func:`rank_mix`.
     """
     _check("expand_slots", x_TD, A_RD, B_FR, None, ids_TK, expert_R, scale_R)
-    _expect("expand_slots", "base", base_TF, (x_TD.shape[0], B_FR.shape[0]), x_TD.device)
+    expect("expand_slots", "base", base_TF, (x_TD.shape[0], B_FR.shape[0]), x_TD.device)
     if A_RD.shape[0] == 0:
         return base_TF.unsqueeze(1).expand(-1, ids_TK.shape[1], -1)
-    y_TKF: Tensor = expand_slots_op(base_TF, _lowered(x_TD), A_RD, B_FR, ids_TK, expert_R, scale_R)[0]
+    y_TKF: Tensor = expand_slots_op(base_TF, lowered(x_TD), A_RD, B_FR, ids_TK, expert_R, scale_R)[0]
     return y_TKF
 
 
@@ -170,25 +171,11 @@ def contract_slots(
         )
     rows = h_TKF.flatten(0, 1)
     _check("contract_slots", rows, A_RF, B_DR, None, None, expert_R, scale_R)
-    _expect("contract_slots", "weights", weights_TK, tuple(ids_TK.shape), h_TKF.device)
+    expect("contract_slots", "weights", weights_TK, tuple(ids_TK.shape), h_TKF.device)
     if A_RF.shape[0] == 0:
         return h_TKF.new_zeros(h_TKF.shape[0], B_DR.shape[0])
-    y_TD: Tensor = contract_slots_op(_lowered(h_TKF), weights_TK, A_RF, B_DR, ids_TK, expert_R, scale_R)[0]
+    y_TD: Tensor = contract_slots_op(lowered(h_TKF), weights_TK, A_RF, B_DR, ids_TK, expert_R, scale_R)[0]
     return y_TD
-
-
-def _lowered(x: Tensor) -> Tensor:
-    """x in the dtype that autocast takes products in; custom operators are not cast by themselves."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
-
-
-def _expect(what: str, name: str, got: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    if tuple(got.shape) != shape:
-        raise ConfigError(f"{what}: got {name} of shape {tuple(got.shape)}, expected {shape}")
-    if got.device != device:
-        raise ConfigError(f"{what}: got {name} on {got.device}, expected {device}, where x is; move it there")
 
 
 def _check(
@@ -203,10 +190,10 @@ def _check(
 ) -> None:
     _expect_rows(what, x)
     T, ranks = x.shape[0], A.shape[0]
-    _expect(what, "A", A, (ranks, x.shape[1]), x.device)
-    _expect(what, "B", B, (B.shape[0], ranks), x.device)
-    _expect(what, "expert", expert, (ranks,), x.device)
-    _expect(what, "scale", scale, (ranks,), x.device)
+    expect(what, "A", A, (ranks, x.shape[1]), x.device)
+    expect(what, "B", B, (B.shape[0], ranks), x.device)
+    expect(what, "expert", expert, (ranks,), x.device)
+    expect(what, "scale", scale, (ranks,), x.device)
     if ranks > MAX_RANK:
         raise ConfigError(f"{what}: got {ranks} ranks side by side, expected at most {MAX_RANK}; use kernel='sorted'")
     for name, t, kind in (("expert", expert, False), ("ids", ids, False), ("weights", weights, True)):
@@ -214,9 +201,9 @@ def _check(
             raise ConfigError(f"{what}: got {name} of {t.dtype}, expected {'a float' if kind else 'an integer'} dtype")
     if weights is not None:
         shape: Any = (T, weights.shape[-1]) if ids is None else tuple(ids.shape)
-        _expect(what, "weights", weights, shape, x.device)
+        expect(what, "weights", weights, shape, x.device)
     if ids is not None:
-        _expect(what, "ids", ids, (T, ids.shape[-1]), x.device)
+        expect(what, "ids", ids, (T, ids.shape[-1]), x.device)
 
 
 def _expect_rows(what: str, x: Tensor) -> None:

@@ -11,7 +11,6 @@ lowers x. Gradients of gradients are not defined and raise.
 
 from __future__ import annotations
 
-import os
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +19,8 @@ from torch import Tensor
 
 from molora.errors import ConfigError
 from molora.kernels import grouped_eager
+from molora.kernels.checks import expect, lowered
+from molora.kernels.ops import INTERPRETED
 from molora.kernels.sort import Groups, Order, order_of_ends, order_of_ids
 
 __all__ = ["MAX_EXPERT_RANK", "gather_mix", "gather_mix_op", "grouped_lora", "sorted_mix", "sorted_mix_op"]
@@ -29,7 +30,7 @@ MAX_EXPERT_RANK = 128  # ranks of one expert that a program of the sorted kernel
 
 def _steps(x: Tensor) -> ModuleType:
     """The computation on the device of ``x``."""
-    if x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+    if x.is_cuda or INTERPRETED:
         from molora.kernels import grouped_launch
 
         return grouped_launch
@@ -181,7 +182,7 @@ def sorted_mix(
     _check_slots(what, base_TO, x_TI, B_OR, weights_TK, ids_TK)
     if A_RI.shape[0] == 0 or ids_TK.shape[1] == 0:
         return base_TO
-    x_TI = _lowered(x_TI)
+    x_TI = lowered(x_TI)
     y_TO: Tensor = sorted_mix_op(base_TO, x_TI, A_RI, B_OR, weights_TK, ids_TK, None, start_E, scale_R, max_rank)[0]
     return y_TO
 
@@ -220,7 +221,7 @@ def grouped_lora(
     _expect(what, "ends", ends_E, (start_E.shape[0] - 1,), x_TI, floating=False)
     if base_TO is not None:
         _expect(what, "base", base_TO, (x_TI.shape[0], B_OR.shape[0]), x_TI)
-    x_TI = _lowered(x_TI)
+    x_TI = lowered(x_TI)
     if ranks == 0:
         return x_TI.new_zeros(x_TI.shape[0], B_OR.shape[0]) if base_TO is None else base_TO
     y_TO: Tensor = sorted_mix_op(base_TO, x_TI, A_RI, B_OR, None, None, ends_E, start_E, scale_R, max_rank)[0]
@@ -255,23 +256,13 @@ def gather_mix(
     _check_slots(what, base_TO, x_TI, B_OR, weights_TK, ids_TK)
     if A_RI.shape[0] == 0 or ids_TK.shape[1] == 0:
         return base_TO
-    x_TI = _lowered(x_TI)
+    x_TI = lowered(x_TI)
     y_TO: Tensor = gather_mix_op(base_TO, x_TI, A_RI, B_OR, weights_TK, ids_TK, start_E, scale_R, max_rank)
     return y_TO
 
 
-def _lowered(x: Tensor) -> Tensor:
-    """x in the dtype that autocast takes products in; custom operators are not cast by themselves."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
-
-
 def _expect(what: str, name: str, got: Tensor, shape: tuple[int, ...], x: Tensor, floating: bool = True) -> None:
-    if tuple(got.shape) != shape:
-        raise ConfigError(f"{what}: got {name} of shape {tuple(got.shape)}, expected {shape}")
-    if got.device != x.device:
-        raise ConfigError(f"{what}: got {name} on {got.device}, expected {x.device}, where x is; move it there")
+    expect(what, name, got, shape, x.device)
     if (got.dtype.is_floating_point, got.dtype.is_complex, got.dtype == torch.bool) != (floating, False, False):
         raise ConfigError(
             f"{what}: got {name} of {got.dtype}, expected {'a float' if floating else 'an integer'} dtype"

@@ -22,7 +22,7 @@ from molora.kernels.gates import Gates
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-__all__ = ["empty", "rank_mix_linear_op", "rank_mix_op", "steps_for"]
+__all__ = ["INTERPRETED", "empty", "rank_mix_linear_op", "rank_mix_op", "steps_for"]
 
 
 def steps_for(x: Tensor) -> ModuleType:
