@@ -14,7 +14,7 @@ from molora.errors import ConfigError, nearest
 from molora.kernels import functional, grouped_ops, reference
 from molora.kernels.configs import MAX_RANK, RIDGE
 from molora.kernels.ops import INTERPRETED
-from molora.kernels.reference import Layout
+from molora.kernels.reference import Layout, as_dtype
 from molora.routing import Routing
 
 __all__ = ["KERNELS", "Call", "Choice", "Kernel", "choose", "contract_slots", "expand_slots", "known", "mix_linear"]
@@ -58,9 +58,10 @@ class Choice(NamedTuple):
 class Kernel(NamedTuple):
     """One way to compute each sum; all have one meaning, that of :func:`molora.kernels.reference.rank_mix_loop`.
 
-    ``mix(base, x, A, B, routing, layout)``; ``expand(base, x, A, B, routing, layout)``;
-    ``contract(h, A, B, routing, layout)``; None for both where the kernel is for linears only, and the blocks take
-    the one of ``"auto"``. ``linear(x, W, bias, A, B, routing, layout)`` for a frozen ``nn.Linear``, or None where the
+    ``mix(base, x, A, B, routing, layout)``. ``expand(base, x, A, B, routing, layout)`` and ``contract(base, h, A, B,
+    routing, layout, overwrite)``, which may write into the base where ``overwrite`` says so; None for both where the
+    kernel is for linears only, and the blocks take the one of ``"auto"``.
+    ``linear(x, W, bias, A, B, routing, layout)`` for a frozen ``nn.Linear``, or None where the
     base is always called first. ``refuses(call)``: why it cannot run, or None.
     """
 
@@ -71,29 +72,34 @@ class Kernel(NamedTuple):
     refuses: Callable[[Call], str | None]
 
 
-def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype == dtype else t.to(dtype)  # a call that changes nothing still costs a microsecond a parameter
-
-
 def _dense(routing: Routing | None) -> Tensor | None:
     return None if routing is None else routing.dense()
 
 
 def _concat(base: Tensor, x: Tensor, A: Tensor, B: Tensor, routing: Routing | None, layout: Layout) -> Tensor:
-    return reference.rank_mix_concat(base, x, _cast(A, x.dtype), _cast(B, x.dtype), _dense(routing), layout)
+    return reference.rank_mix_concat(base, x, as_dtype(A, x.dtype), as_dtype(B, x.dtype), _dense(routing), layout)
 
 
 def _loop(base: Tensor, x: Tensor, A: Tensor, B: Tensor, routing: Routing | None, layout: Layout) -> Tensor:
-    return reference.rank_mix_loop(base, x, _cast(A, x.dtype), _cast(B, x.dtype), _dense(routing), layout)
+    return reference.rank_mix_loop(base, x, as_dtype(A, x.dtype), as_dtype(B, x.dtype), _dense(routing), layout)
 
 
 def _expand(base: Tensor, x: Tensor, A: Tensor, B: Tensor, routing: Routing, layout: Layout) -> Tensor:
-    return reference.expand_slots(base, x, _cast(A, x.dtype), _cast(B, x.dtype), routing.slots(), layout)
+    return reference.expand_slots(base, x, as_dtype(A, x.dtype), as_dtype(B, x.dtype), routing.slot_rows(), layout)
 
 
-def _contract(h: Tensor, A: Tensor, B: Tensor, routing: Routing, layout: Layout) -> Tensor:
-    weights_TK = _cast(routing.weights, h.dtype)
-    return reference.contract_slots(h, weights_TK, _cast(A, h.dtype), _cast(B, h.dtype), routing.slots(), layout)
+def _concat_linear(
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, routing: Routing | None, layout: Layout
+) -> Tensor:
+    base, A, B = nn.functional.linear(x, W, bias), as_dtype(A, x.dtype), as_dtype(B, x.dtype)
+    return reference.rank_mix_concat(base, x, A, B, _dense(routing), layout, overwrite=True)
+
+
+def _contract(
+    base: Tensor, h: Tensor, A: Tensor, B: Tensor, routing: Routing, layout: Layout, overwrite: bool
+) -> Tensor:
+    experts = routing.weights, as_dtype(A, h.dtype), as_dtype(B, h.dtype), routing.slot_rows(), layout
+    return reference.contract_slots(base, h, *experts, overwrite=overwrite and not base.requires_grad)
 
 
 def _triton_mix(base: Tensor, x: Tensor, A: Tensor, B: Tensor, routing: Routing | None, layout: Layout) -> Tensor:
@@ -114,9 +120,11 @@ def _triton_expand(base: Tensor, x: Tensor, A: Tensor, B: Tensor, routing: Routi
     return functional.expand_slots(base, x, A, B, routing.slot_ids(), **maps)
 
 
-def _triton_contract(h: Tensor, A: Tensor, B: Tensor, routing: Routing, layout: Layout) -> Tensor:
+def _triton_contract(
+    base: Tensor, h: Tensor, A: Tensor, B: Tensor, routing: Routing, layout: Layout, overwrite: bool
+) -> Tensor:
     maps = {"expert_R": layout.expert_R, "scale_R": layout.scale_R}
-    return functional.contract_slots(h, routing.weights, A, B, routing.slot_ids(), **maps)
+    return functional.contract_slots(base, h, routing.weights, A, B, routing.slot_ids(), **maps)
 
 
 def _groups(routing: Routing, layout: Layout) -> dict[str, Any]:
@@ -167,7 +175,7 @@ def _gather_refuses(call: Call) -> str | None:
 
 
 KERNELS: dict[str, Kernel] = {
-    "concat": Kernel(_concat, _expand, _contract, None, _never),
+    "concat": Kernel(_concat, _expand, _contract, _concat_linear, _never),
     "loop": Kernel(_loop, _expand, _contract, None, _never),
     "triton": Kernel(_triton_mix, _triton_expand, _triton_contract, _triton_linear, _triton_refuses),
     "sorted": Kernel(_sorted_mix, None, None, None, _sorted_refuses),
@@ -264,11 +272,20 @@ def expand_slots(
     return expand(base_TF, x_TD, A_RD, B_FR, routing, layout)
 
 
-def contract_slots(kernel: str, h_TKF: Tensor, A_RF: Tensor, B_DR: Tensor, routing: Routing, layout: Layout) -> Tensor:
-    """``sum_k w[t, k] s B_e A_e h[t, k]``: (T, D)."""
-    contract = _for_slots(kernel, h_TKF, layout).contract
+def contract_slots(
+    kernel: str,
+    layer: nn.Module,
+    base_TD: Tensor,
+    h_TKF: Tensor,
+    experts: tuple[Tensor, Tensor, Routing, Layout],
+) -> Tensor:
+    """``base[t] + sum_k w[t, k] s B_e A_e h[t, k]``: (T, D); ``base_TD`` is what ``layer`` returned for this call.
+
+    ``experts``: A (R, F), B (D, R), the routing, the layout.
+    """
+    contract = _for_slots(kernel, h_TKF, experts[-1]).contract
     assert contract is not None
-    return contract(h_TKF, A_RF, B_DR, routing, layout)
+    return contract(base_TD, h_TKF, *experts, _plain(layer, h_TKF))
 
 
 def _for_slots(kernel: str, x: Tensor, layout: Layout) -> Kernel:

@@ -151,6 +151,7 @@ def expand_slots(
 
 
 def contract_slots(
+    base_TD: Tensor,
     h_TKF: Tensor,
     weights_TK: Tensor,
     A_RF: Tensor,
@@ -160,7 +161,7 @@ def contract_slots(
     expert_R: Tensor,
     scale_R: Tensor,
 ) -> Tensor:
-    """``sum_k w[t, k] s B_e A_e h[t, k]`` with e the expert of slot k: (T, D) in the dtype of h.
+    """``base[t] + sum_k w[t, k] s B_e A_e h[t, k]`` with e the expert of slot k: (T, D) in the dtype of the base.
 
     Raises:
         ConfigError: as :func:`rank_mix`.
@@ -172,9 +173,10 @@ def contract_slots(
     rows = h_TKF.flatten(0, 1)
     _check("contract_slots", rows, A_RF, B_DR, None, None, expert_R, scale_R)
     expect("contract_slots", "weights", weights_TK, tuple(ids_TK.shape), h_TKF.device)
+    expect("contract_slots", "base", base_TD, (h_TKF.shape[0], B_DR.shape[0]), h_TKF.device)
     if A_RF.shape[0] == 0:
-        return h_TKF.new_zeros(h_TKF.shape[0], B_DR.shape[0])
-    y_TD: Tensor = contract_slots_op(lowered(h_TKF), weights_TK, A_RF, B_DR, ids_TK, expert_R, scale_R)[0]
+        return base_TD
+    y_TD: Tensor = contract_slots_op(base_TD, lowered(h_TKF), weights_TK, A_RF, B_DR, ids_TK, expert_R, scale_R)[0]
     return y_TD
 
 

@@ -21,8 +21,8 @@ class Layout(NamedTuple):
     """How the packed ranks belong to experts.
 
     ``ranks``: rank per expert. ``scales``: factor per expert. ``expert_R``: (R,) int64, the expert of each rank.
-    ``scale_R``: (R,) float32. ``gate_ER``: see :func:`gates_of`; made anew when it is None.
-    ``start_E``: (E + 1,) int64, where each expert's ranks begin, and R; made anew when it is None.
+    ``scale_R``: (R,) float32. ``gate_ER`` (E, R) and ``slot_gate_ER`` (E + 1, R): see :func:`gates_of`; made anew
+    when they are None. ``start_E``: (E + 1,) int64, where each expert's ranks begin, and R; made anew when it is None.
     """
 
     ranks: tuple[int, ...]
@@ -30,6 +30,7 @@ class Layout(NamedTuple):
     expert_R: Tensor
     scale_R: Tensor
     gate_ER: Tensor | None = None
+    slot_gate_ER: Tensor | None = None
     start_E: Tensor | None = None
 
     @property
@@ -67,24 +68,44 @@ def gate_ranks(u_TR: Tensor, weights_TE: Tensor, layout: Layout) -> Tensor:
     if layout.rank == 1:
         gates_TR = weights_TE * layout.scale_R
     else:
-        gate_ER = (
-            layout.gate_ER if layout.gate_ER is not None else gates_of(layout.expert_R, layout.scale_R, layout.ranks)
-        )
-        gates_TR = weights_TE @ (gate_ER if gate_ER.dtype == weights_TE.dtype else gate_ER.to(weights_TE.dtype))
-    return u_TR * (gates_TR if gates_TR.dtype == u_TR.dtype else gates_TR.to(u_TR.dtype))
+        gate_ER = layout.gate_ER if layout.gate_ER is not None else gates_of(layout)[:-1]
+        gates_TR = weights_TE @ as_dtype(gate_ER, weights_TE.dtype)
+    return u_TR * as_dtype(gates_TR, u_TR.dtype)
 
 
-def gates_of(expert_R: Tensor, scale_R: Tensor, ranks: tuple[int, ...]) -> Tensor:
-    """(E, R) float32: the scale in the columns of an expert's ranks, 0 elsewhere; ``weights @`` it is g."""
-    return (expert_R == torch.arange(len(ranks), device=expert_R.device).unsqueeze(-1)) * scale_R
+def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)  # a call that changes nothing still costs microseconds
+
+
+def gates_of(layout: Layout) -> Tensor:
+    """(E + 1, R) float32: the scale in the columns of an expert's ranks, 0 elsewhere and in the last row.
+
+    ``weights @`` its first E rows is g; row e is what a slot that chose expert e multiplies the ranks with, and the
+    last row is that of an empty slot.
+    """
+    experts_E1 = torch.arange(len(layout.ranks) + 1, device=layout.expert_R.device).unsqueeze(-1)
+    return (layout.expert_R == experts_E1) * layout.scale_R
+
+
+def gates_of_slots(rows_TK: Tensor, layout: Layout) -> Tensor:
+    """(T, K, R) float32, one row of :func:`gates_of` for each slot."""
+    table = layout.slot_gate_ER if layout.slot_gate_ER is not None else gates_of(layout)
+    return table.index_select(0, rows_TK.reshape(-1)).view(*rows_TK.shape, table.shape[1])
 
 
 def rank_mix_concat(
-    base_TO: Tensor, x_TI: Tensor, A_RI: Tensor, B_OR: Tensor, weights_TE: Tensor | None, layout: Layout
+    base_TO: Tensor,
+    x_TI: Tensor,
+    A_RI: Tensor,
+    B_OR: Tensor,
+    weights_TE: Tensor | None,
+    layout: Layout,
+    overwrite: bool = False,
 ) -> Tensor:
     """``base + ((x A^T) * g) B^T``: same arguments, shapes and value as :func:`rank_mix_loop`; one rounding into y.
 
-    All of x, A and B in one dtype (autocast may lower it); the result has the dtype of the base.
+    All of x, A and B in one dtype (autocast may lower it); the result has the dtype of the base. With ``overwrite`` it
+    is written into the base, which must be nobody else's and of that same dtype.
     """
     if A_RI.shape[0] == 0:
         return base_TO
@@ -94,30 +115,54 @@ def rank_mix_concat(
     elif layout.scale is None:
         h_TR = h_TR * layout.scale_R.to(h_TR.dtype)
     scale = layout.scale if weights_TE is None and layout.scale is not None else 1.0
+    return add_product(base_TO, h_TR, B_OR, scale, overwrite)
+
+
+def add_product(base_TO: Tensor, h_TR: Tensor, B_OR: Tensor, scale: float = 1.0, overwrite: bool = False) -> Tensor:
+    """``base + scale h B^T`` in the dtype of the base, into the base with ``overwrite``."""
+    if overwrite:
+        return base_TO.addmm_(h_TR, B_OR.t(), alpha=scale)
     return torch.addmm(base_TO, h_TR, B_OR.t(), alpha=scale).to(base_TO.dtype)
 
 
-def expand_slots(
-    base_TF: Tensor, x_TD: Tensor, A_RD: Tensor, B_FR: Tensor, picks_TKE: Tensor, layout: Layout
-) -> Tensor:
+def expand_slots(base_TF: Tensor, x_TD: Tensor, A_RD: Tensor, B_FR: Tensor, rows_TK: Tensor, layout: Layout) -> Tensor:
     """One row per chosen expert: ``y[t, k] = base[t] + s B_e A_e x[t]`` with e the expert of slot k. Returns (T, K, F).
 
-    ``picks_TKE``: one-hot choices, all zero for an empty slot. The base product is done once per token.
+    ``rows_TK``: the expert of each slot, E for an empty one. The base product is done once per token.
     """
-    h_TKR = gate_ranks((x_TD @ A_RD.t()).unsqueeze(1), picks_TKE, layout)
-    out_TKF: Tensor = (h_TKR.flatten(0, 1) @ B_FR.t()).unflatten(0, picks_TKE.shape[:2])
+    u_TR = torch.nn.functional.linear(x_TD, A_RD)
+    h_TKR = u_TR.unsqueeze(1) * as_dtype(gates_of_slots(rows_TK, layout), u_TR.dtype)
+    out_TKF: Tensor = (h_TKR.flatten(0, 1) @ B_FR.t()).view(*rows_TK.shape, B_FR.shape[0])
     out_TKF = out_TKF.to(base_TF.dtype)
     out_TKF += base_TF.unsqueeze(1)
     return out_TKF
 
 
 def contract_slots(
-    h_TKF: Tensor, weights_TK: Tensor, A_RF: Tensor, B_DR: Tensor, picks_TKE: Tensor, layout: Layout
+    base_TD: Tensor,
+    h_TKF: Tensor,
+    weights_TK: Tensor,
+    A_RF: Tensor,
+    B_DR: Tensor,
+    rows_TK: Tensor,
+    layout: Layout,
+    overwrite: bool = False,
 ) -> Tensor:
-    """The adapters' share of the down projection: ``sum_k w[t, k] s B_e A_e h[t, k]``. Returns (T, D)."""
-    gates_TKE = picks_TKE * weights_TK.unsqueeze(-1)
-    u_TKR = (h_TKF.flatten(0, 1) @ A_RF.t()).unflatten(0, h_TKF.shape[:2])
-    return gate_ranks(u_TKR, gates_TKE, layout).sum(1) @ B_DR.t()
+    """The experts of the down projection: ``base[t] + sum_k w[t, k] s B_e A_e h[t, k]``. Returns (T, D).
+
+    ``rows_TK``: as in :func:`expand_slots`; ``overwrite``: as in :func:`rank_mix_concat`.
+    """
+    u_TKR = torch.nn.functional.linear(h_TKF.flatten(0, 1), A_RF).view(*rows_TK.shape, A_RF.shape[0])
+    gates_TKR = gates_of_slots(rows_TK, layout) * weights_TK.unsqueeze(-1)
+    return add_product(base_TD, (u_TKR * as_dtype(gates_TKR, u_TKR.dtype)).sum(1), B_DR, overwrite=overwrite)
+
+
+def _mix(h_TKF: Tensor, weights_TK: Tensor) -> Tensor:
+    slots, weights = h_TKF.unbind(1), weights_TK.unsqueeze(-1).unbind(1)
+    y_TF = slots[0] * weights[0]
+    for h_TF, w_T1 in zip(slots[1:], weights[1:], strict=True):
+        y_TF.addcmul_(h_TF, w_T1)
+    return y_TF
 
 
 class _MixSlots(torch.autograd.Function):
@@ -126,11 +171,7 @@ class _MixSlots(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_TKF: Tensor, weights_TK: Tensor) -> Tensor:
         ctx.save_for_backward(h_TKF, weights_TK)
-        slots, weights = h_TKF.unbind(1), weights_TK.unsqueeze(-1).unbind(1)
-        y_TF = slots[0] * weights[0]
-        for h_TF, w_T1 in zip(slots[1:], weights[1:], strict=True):
-            y_TF.addcmul_(h_TF, w_T1)
-        return y_TF
+        return _mix(h_TKF, weights_TK)
 
     @staticmethod
     def backward(ctx: Any, grad_TF: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,4 +182,6 @@ class _MixSlots(torch.autograd.Function):
 
 def mix_slots(h_TKF: Tensor, weights_TK: Tensor) -> Tensor:
     """``sum_k w[t, k] h[t, k]``, (T, F), both in one dtype; half the time of a product and a sum."""
+    if not torch.is_grad_enabled():
+        return _mix(h_TKF, weights_TK)
     return cast(Tensor, _MixSlots.apply(h_TKF, weights_TK))  # type: ignore[no-untyped-call]

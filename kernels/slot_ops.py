@@ -87,18 +87,20 @@ expand_slots_op.register_autograd(_expand_gradient, setup_context=_save_expand)
 
 @torch.library.custom_op("molora::contract_slots", mutates_args=())
 def contract_slots_op(
-    h: Tensor, weights: Tensor, A: Tensor, B: Tensor, ids: Tensor, expert: Tensor, scale: Tensor
+    base: Tensor, h: Tensor, weights: Tensor, A: Tensor, B: Tensor, ids: Tensor, expert: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """h (T, K, F), weights and ids (T, K), A (R, F), B (D, R) -> y (T, D) in the dtype of h, u = h A^T (T, K, R)."""
+    """base (T, D), h (T, K, F), weights and ids (T, K), A (R, F), B (D, R) -> y (T, D) in the dtype of base,
+    u = h A^T (T, K, R).
+    """
     steps = steps_for(h)
     u_TKR = steps.contract(h.flatten(0, 1), A.to(h.dtype)).view(*ids.shape, A.shape[0])
     gated_TR, _, _ = steps.slot_gates(None, u_TKR, Gates(weights, ids, expert, scale))
-    return steps.expand(gated_TR, B.to(h.dtype), None, h.dtype), u_TKR
+    return steps.expand(gated_TR, B.to(h.dtype), base, base.dtype), u_TKR
 
 
 @contract_slots_op.register_fake
-def _(h: Tensor, weights: Tensor, A: Tensor, B: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return h.new_empty(h.shape[0], B.shape[0]), h.new_empty(*weights.shape, A.shape[0])
+def _(base: Tensor, h: Tensor, weights: Tensor, A: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return base.new_empty(base.shape), h.new_empty(*weights.shape, A.shape[0])
 
 
 @torch.library.custom_op("molora::contract_slots_backward", mutates_args=())
@@ -138,15 +140,16 @@ def _(
 def _save_contract(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*inputs, output[1])
+    ctx.save_for_backward(*inputs[1:], output[1])
 
 
 def _contract_gradient(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 7
-    needs = list(ctx.needs_input_grad[:4])
+        return (None,) * 8
+    need_base, *needs = ctx.needs_input_grad[:5]
     found = contract_slots_backward_op(grad, *ctx.saved_tensors, needs)
-    return (*(g if n else None for g, n in zip(found, needs, strict=True)), None, None, None)
+    base = grad if need_base else None
+    return (base, *(g if n else None for g, n in zip(found, needs, strict=True)), None, None, None)
 
 
 contract_slots_op.register_autograd(_contract_gradient, setup_context=_save_contract)

@@ -30,7 +30,7 @@ class ExpertBank(nn.Module):
 
     expert_R: Tensor
     scale_R: Tensor
-    gate_ER: Tensor
+    slot_gate_ER: Tensor
     start_E: Tensor
 
     def __init__(self, site: SiteConfig, *, train: bool, dtype: torch.dtype, device: torch.device) -> None:
@@ -47,7 +47,8 @@ class ExpertBank(nn.Module):
         self.register_buffer("expert_R", torch.tensor(owners, dtype=torch.int64, device=device), persistent=False)
         scales = torch.tensor([self.scales[e] for e in owners], dtype=torch.float32, device=device)
         self.register_buffer("scale_R", scales, persistent=False)
-        self.register_buffer("gate_ER", gates_of(self.expert_R, self.scale_R, self.ranks), persistent=False)
+        gates = gates_of(Layout(self.ranks, self.scales, self.expert_R, self.scale_R))
+        self.register_buffer("slot_gate_ER", gates, persistent=False)
         starts = torch.tensor([0, *itertools.accumulate(self.ranks)], dtype=torch.int64, device=device)
         self.register_buffer("start_E", starts, persistent=False)
 
@@ -64,7 +65,8 @@ class ExpertBank(nn.Module):
         """What the kernels need to know of the packing; made once for the same buffers."""
         buffers, made = self._buffers, self._layout
         if made is None or made.ranks is not self.ranks or made.scale_R is not buffers["scale_R"]:
-            made = Layout(self.ranks, self.scales, self.expert_R, self.scale_R, self.gate_ER, self.start_E)
+            gates = self.slot_gate_ER[:-1], self.slot_gate_ER
+            made = Layout(self.ranks, self.scales, self.expert_R, self.scale_R, *gates, self.start_E)
             self._layout = made
         return made
 

@@ -131,7 +131,7 @@ def switched_off(owner: object) -> Iterator[None]:
 
 def is_off(owner: object) -> bool:
     """Whether the experts of ``owner``'s model are switched off in this thread."""
-    return any(o is owner for o in _state.off)
+    return bool(_state.off) and any(o is owner for o in _state.off)
 
 
 @contextlib.contextmanager

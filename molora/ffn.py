@@ -60,9 +60,8 @@ class FFNDown(MixtureLinear):
         if self.bias is not None and self.placement.gate.renormalize != "one":
             y_TD = y_TD + (weights_TK.sum(1, keepdim=True) - 1) * self.bias
         if self.bank is not None:
-            A_RF, B_DR, layout = self.bank.lora_A, self.bank.lora_B, self.bank.layout
-            delta_TD = contract_slots(self.kernel, self.dropped(h_TKF), A_RF, B_DR, routing, layout)
-            y_TD = y_TD + delta_TD.to(y_TD.dtype)
+            experts = (self.bank.lora_A, self.bank.lora_B, routing, self.bank.layout)
+            y_TD = contract_slots(self.kernel, self.base_layer, y_TD, self.dropped(h_TKF), experts)
         return y_TD.view(y.shape)
 
 

@@ -33,7 +33,7 @@ class Routing:
     ) -> None:
         self.weights, self.ids, self.logits = weights, ids, logits
         self._probs, self.temperature = probs, temperature
-        self._slots: Tensor | None = None
+        self._rows: Tensor | None = None
 
     @property
     def has_probs(self) -> bool:
@@ -56,17 +56,15 @@ class Routing:
         return self.logits.shape[-1]
 
     def slots(self) -> Tensor:
-        """The choices as one-hot rows, (T, K, E) float32; a row of zeros for an empty slot. Computed once."""
-        if self._slots is None:
-            T, E = self.logits.shape
-            if self.ids is None:
-                self._slots = torch.eye(E, dtype=ROUTER_DTYPE, device=self.logits.device).expand(T, E, E)
-            else:
-                zeros_TKE = self.weights.new_zeros(*self.ids.shape, E)
-                self._slots = zeros_TKE.scatter(
-                    -1, self.ids.clamp_min(0).unsqueeze(-1), (self.ids >= 0).to(ROUTER_DTYPE).unsqueeze(-1)
-                )
-        return self._slots
+        """The choices as one-hot rows, (T, K, E) float32; a row of zeros for an empty slot."""
+        experts_E = torch.arange(self.num_experts, device=self.logits.device)
+        return (self.slot_ids().unsqueeze(-1) == experts_E).to(ROUTER_DTYPE)
+
+    def slot_rows(self) -> Tensor:
+        """The expert of each slot with E for an empty one, (T, K) int64: rows of a table. Computed once."""
+        if self._rows is None:
+            self._rows = self.slot_ids().remainder(self.num_experts + 1)
+        return self._rows
 
     def slot_ids(self) -> Tensor:
         """The expert of each slot, (T, K) int64; when every expert is used, slot e is expert e."""

@@ -52,7 +52,13 @@ class LinearRouter(BiasedRouter):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """Logits (T, E) in float32."""
-        with torch.autocast(x_TI.device.type, enabled=False):
-            bias = None if self.bias is None else self.bias.to(ROUTER_DTYPE)
-            logits_TE = nn.functional.linear(x_TI.to(ROUTER_DTYPE), self.weight.to(ROUTER_DTYPE), bias)
+        if torch.is_autocast_enabled(x_TI.device.type):
+            with torch.autocast(x_TI.device.type, enabled=False):
+                logits_TE = self._product(x_TI)
+        else:
+            logits_TE = self._product(x_TI)
         return logits_TE if self.partition == 1 else logits_TE.repeat_interleave(self.partition, dim=-1)
+
+    def _product(self, x_TI: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(ROUTER_DTYPE)
+        return nn.functional.linear(x_TI.to(ROUTER_DTYPE), self.weight.to(ROUTER_DTYPE), bias)

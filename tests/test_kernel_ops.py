@@ -43,7 +43,7 @@ def arguments(name: str, a: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
         "always": (rank_mix_op, (a["base"], a["x"], *common, None, None, *who[2:])),
         "linears": (rank_mix_linear_op, (a["x"], [W, 2 * W], [W[:, 0], a["x"].new_empty(0)], *lists)),
         "expand": (expand_slots_op, (a["base"], a["x"], *common, *who[1:])),
-        "contract": (contract_slots_op, (slots, a["weights"], *common, *who[1:])),
+        "contract": (contract_slots_op, (a["base"], slots, a["weights"], *common, *who[1:])),
     }[name]
 
 
@@ -76,7 +76,7 @@ FUNCTIONS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Tensor]] = {
     ),
     "expand_slots": lambda a, m: functional.expand_slots(a["base"], a["x"], a["A"], a["B"], a["ids"], **m),
     "contract_slots": lambda a, m: functional.contract_slots(
-        a["x"].unsqueeze(1).expand(-1, K, -1), a["weights"], a["A"], a["B"], a["ids"], **m
+        a["base"], a["x"].unsqueeze(1).expand(-1, K, -1), a["weights"], a["A"], a["B"], a["ids"], **m
     ),
 }
 
@@ -144,3 +144,4 @@ def test_no_ranks_and_no_experts_leave_the_base():
     none = {"A": torch.ones(0, WIDE), "B": torch.ones(OUT, 0), "expert": torch.zeros(0, dtype=torch.int64)}
     assert torch.equal(call("rank_mix", {**a, **none, "scale": torch.ones(0)}), a["base"])
     assert torch.equal(call("expand_slots", {**a, **none, "scale": torch.ones(0)})[:, 0], a["base"])
+    assert torch.equal(call("contract_slots", {**a, **none, "scale": torch.ones(0)}), a["base"])

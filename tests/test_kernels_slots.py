@@ -30,7 +30,7 @@ def setup(case: str) -> Parts:
     g = torch.Generator().manual_seed(7)
     R = sum(ranks)
     up = {"base": (T, F), "x": (T, D), "A": (R, D), "B": (F, R)}
-    shapes = {**up, "h": (T, K, F), "down_A": (R, F), "down_B": (D, R), "w": (T, K)}
+    shapes = {**up, "h": (T, K, F), "down_A": (R, F), "down_B": (D, R), "w": (T, K), "down_base": (T, D)}
     leaves = {n: torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for n, s in shapes.items()}
     ids = torch.rand(T, len(ranks), generator=g).argsort(-1)[:, :K]
     if empty:
@@ -38,8 +38,9 @@ def setup(case: str) -> Parts:
     return leaves, ids, layout_of(ranks, scales)
 
 
-def one_hot(ids: Tensor, experts: int) -> Tensor:
-    return (ids.unsqueeze(-1) == torch.arange(experts)).double()
+def rows(ids: Tensor, layout: Layout) -> Tensor:
+    """Empty slots take the row after the last expert's."""
+    return torch.where(ids < 0, len(layout.ranks), ids)
 
 
 def delta(x: Tensor, A: Tensor, B: Tensor, e: int, layout: Layout) -> Tensor:
@@ -54,39 +55,39 @@ def delta(x: Tensor, A: Tensor, B: Tensor, e: int, layout: Layout) -> Tensor:
 
 
 def expand_loop(leaves: dict[str, Tensor], ids: Tensor, layout: Layout) -> Tensor:
-    rows = [
+    slots = [
         leaves["base"][t] + delta(leaves["x"][t], leaves["A"], leaves["B"], int(ids[t, k]), layout)
         for t in range(ids.shape[0])
         for k in range(ids.shape[1])
     ]
     empty = leaves["base"].unsqueeze(1).expand(*ids.shape, -1) * 1
-    return torch.stack(rows).view(*ids.shape, -1) if rows else empty
+    return torch.stack(slots).view(*ids.shape, -1) if slots else empty
 
 
 def contract_loop(leaves: dict[str, Tensor], ids: Tensor, layout: Layout) -> Tensor:
-    rows = []
+    tokens = []
     for t in range(ids.shape[0]):
         parts = [
             leaves["w"][t, k] * delta(leaves["h"][t, k], leaves["down_A"], leaves["down_B"], int(ids[t, k]), layout)
             for k in range(ids.shape[1])
         ]
-        rows.append(torch.stack(parts).sum(0))
-    return torch.stack(rows) if rows else leaves["x"] * 1
+        tokens.append(leaves["down_base"][t] + torch.stack(parts).sum(0))
+    return torch.stack(tokens) if tokens else leaves["down_base"] * 1
 
 
 def expand(leaves: dict[str, Tensor], ids: Tensor, layout: Layout) -> Tensor:
     # The kernel may write into the tensor that it makes of the base, never into the base itself.
-    return expand_slots(leaves["base"], leaves["x"], leaves["A"], leaves["B"], one_hot(ids, len(layout.ranks)), layout)
+    return expand_slots(leaves["base"], leaves["x"], leaves["A"], leaves["B"], rows(ids, layout), layout)
 
 
 def contract(leaves: dict[str, Tensor], ids: Tensor, layout: Layout) -> Tensor:
-    picks = one_hot(ids, len(layout.ranks))
-    return contract_slots(leaves["h"], leaves["w"], leaves["down_A"], leaves["down_B"], picks, layout)
+    given = (leaves[n] for n in ("down_base", "h", "w", "down_A", "down_B"))
+    return contract_slots(*given, rows(ids, layout), layout)
 
 
 PAIRS = {
     "expand": (expand, expand_loop, ("base", "x", "A", "B")),
-    "contract": (contract, contract_loop, ("h", "w", "down_A", "down_B")),
+    "contract": (contract, contract_loop, ("down_base", "h", "w", "down_A", "down_B")),
 }
 
 
@@ -110,12 +111,34 @@ def test_slots_are_the_formula(name: str, case: str):
 def test_slots_gradcheck(name: str):
     kernel, _, inputs = PAIRS[name]
     leaves, ids, layout = setup("ragged")
-    small = {n: (t[:3] if n in ("base", "x", "h", "w") else t).detach().requires_grad_() for n, t in leaves.items()}
+    small = {
+        n: (t[:3] if n in ("base", "down_base", "x", "h", "w") else t).detach().requires_grad_()
+        for n, t in leaves.items()
+    }
 
     def f(*given: Tensor) -> Tensor:
         return kernel({**small, **dict(zip(inputs, given, strict=True))}, ids[:3], layout)
 
     assert torch.autograd.gradcheck(f, tuple(small[n] for n in inputs))
+
+
+def test_contract_into_the_base():
+    """``overwrite`` writes the same sum into the base itself."""
+    leaves, ids, layout = setup("odd_sizes")
+    with torch.no_grad():
+        wanted, base = contract(leaves, ids, layout), leaves["down_base"].clone()
+        got = contract_slots(
+            base,
+            leaves["h"],
+            leaves["w"],
+            leaves["down_A"],
+            leaves["down_B"],
+            rows(ids, layout),
+            layout,
+            overwrite=True,
+        )
+    assert got is base
+    assert torch.equal(got, wanted)
 
 
 def test_slot_kernels_do_not_change_their_inputs():

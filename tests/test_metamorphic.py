@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import molora
-from molora.kernels.reference import gates_of
+from molora.kernels.reference import Layout, gates_of
 from molora.layers import MixtureLinear
 from molora.routers import HiddenRouter
 from tests.conftest import close
@@ -32,7 +32,9 @@ def permute(model: nn.Module) -> None:
                 m.bank.ranks, m.bank.scales = m.bank.ranks[::-1], m.bank.scales[::-1]
                 m.bank.expert_R.copy_(torch.tensor([e for e, r in enumerate(m.bank.ranks) for _ in range(r)]))
                 m.bank.scale_R.copy_(m.bank.scale_R.flip(0))
-                m.bank.gate_ER.copy_(gates_of(m.bank.expert_R, m.bank.scale_R, m.bank.ranks))
+                m.bank.slot_gate_ER.copy_(
+                    gates_of(Layout(m.bank.ranks, m.bank.scales, m.bank.expert_R, m.bank.scale_R))
+                )
             router = getattr(m, "router", None)
             if isinstance(router, nn.Module):
                 for t in (*router.parameters(), *(b for n, b in router.named_buffers() if n == "select_bias")):

@@ -184,10 +184,11 @@ def test_slots_equal_float64(ranks: tuple[int, ...], routing: str):
     )
     h = torch.randn(21, 2, case.I, device=DEVICE).requires_grad_()
     check(
-        {"h": h, "weights": a["weights"], "A": a["A"], "B": a["B"]},
-        lambda p: functional.contract_slots(p["h"], p["weights"], p["A"], p["B"], a["ids"], **maps),
+        {"base": a["base"], "h": h, "weights": a["weights"], "A": a["A"], "B": a["B"]},
+        lambda p: functional.contract_slots(p["base"], p["h"], p["weights"], p["A"], p["B"], a["ids"], **maps),
         lambda p: (
-            (p["h"].double() @ p["A"].double().t() * chosen_TKR * p["weights"].double().unsqueeze(-1)).sum(1)
+            p["base"].double()
+            + (p["h"].double() @ p["A"].double().t() * chosen_TKR * p["weights"].double().unsqueeze(-1)).sum(1)
             @ p["B"].double().t()
         ),
     )
