@@ -85,7 +85,8 @@ def _loop(base: Tensor, x: Tensor, A: Tensor, B: Tensor, routing: Routing | None
 
 
 def _expand(base: Tensor, x: Tensor, A: Tensor, B: Tensor, routing: Routing, layout: Layout) -> Tensor:
-    return reference.expand_slots(base, x, as_dtype(A, x.dtype), as_dtype(B, x.dtype), routing.slot_rows(), layout)
+    slots = routing.slot_rows(), routing.weights.shape[1]
+    return reference.expand_slots(base, x, as_dtype(A, x.dtype), as_dtype(B, x.dtype), *slots, layout)
 
 
 def _concat_linear(
@@ -245,22 +246,27 @@ def mix_linear(
     """
     chosen = _chosen(kernel, dropped_TI, *experts[2:])
     if chosen.linear is not None and dropped_TI is x_TI and _plain(layer, x_TI):
-        return chosen.linear(x_TI, layer.weight, layer.bias, *experts)
+        parameters = layer._parameters
+        return chosen.linear(x_TI, parameters["weight"], parameters["bias"], *experts)
     y = base()
     return chosen.mix(y.reshape(-1, y.shape[-1]), dropped_TI, *experts)
 
 
 def _plain(layer: nn.Module, x: Tensor) -> bool:
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
-    if type(layer) is not nn.Linear or hooked or "forward" in vars(layer):
+    state = layer.__dict__
+    if type(layer) is not nn.Linear or "forward" in state or any(state[hooks] for hooks in _HOOKS):
         return False
-    if torch.is_autocast_enabled(
-        x.device.type
-    ):  # which keeps the weight that it cast; the operator would cast each time
+    parameters = layer._parameters  # a look-up of each through the module costs as much as a gate of one token
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    if weight is None or type(weight) not in _WHOLE or weight.requires_grad or weight.dtype != x.dtype:
         return False
-    frozen = not layer.weight.requires_grad and (layer.bias is None or not layer.bias.requires_grad)
-    whole = type(layer.weight) in (nn.Parameter, Tensor) and layer.weight.shape == (layer.out_features, x.shape[-1])
-    return frozen and whole and layer.weight.dtype == x.dtype
+    if weight.shape != (layer.out_features, x.shape[-1]) or (bias is not None and bias.requires_grad):
+        return False
+    return not torch.is_autocast_enabled(x.device.type)  # which keeps the weight that it cast; here each call would
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_WHOLE = (nn.Parameter, Tensor)  # neither quantised nor sharded
 
 
 def expand_slots(

@@ -87,10 +87,10 @@ def gates_of(layout: Layout) -> Tensor:
     return (layout.expert_R == experts_E1) * layout.scale_R
 
 
-def gates_of_slots(rows_TK: Tensor, layout: Layout) -> Tensor:
-    """(T, K, R) float32, one row of :func:`gates_of` for each slot."""
+def gates_of_slots(rows_N: Tensor, slots: int, layout: Layout) -> Tensor:
+    """(T, K, R) float32, one row of :func:`gates_of` for each of T * K slots."""
     table = layout.slot_gate_ER if layout.slot_gate_ER is not None else gates_of(layout)
-    return table.index_select(0, rows_TK.reshape(-1)).view(*rows_TK.shape, table.shape[1])
+    return table.index_select(0, rows_N).view(-1, slots, table.shape[1])
 
 
 def rank_mix_concat(
@@ -112,9 +112,9 @@ def rank_mix_concat(
     h_TR = torch.nn.functional.linear(x_TI, A_RI)
     if weights_TE is not None:
         h_TR = gate_ranks(h_TR, weights_TE, layout)
-    elif layout.scale is None:
-        h_TR = h_TR * layout.scale_R.to(h_TR.dtype)
-    scale = layout.scale if weights_TE is None and layout.scale is not None else 1.0
+        return add_product(base_TO, h_TR, B_OR, overwrite=overwrite)
+    if (scale := layout.scale) is None:
+        h_TR, scale = h_TR * as_dtype(layout.scale_R, h_TR.dtype), 1.0
     return add_product(base_TO, h_TR, B_OR, scale, overwrite)
 
 
@@ -125,15 +125,16 @@ def add_product(base_TO: Tensor, h_TR: Tensor, B_OR: Tensor, scale: float = 1.0,
     return torch.addmm(base_TO, h_TR, B_OR.t(), alpha=scale).to(base_TO.dtype)
 
 
-def expand_slots(base_TF: Tensor, x_TD: Tensor, A_RD: Tensor, B_FR: Tensor, rows_TK: Tensor, layout: Layout) -> Tensor:
+def expand_slots(
+    base_TF: Tensor, x_TD: Tensor, A_RD: Tensor, B_FR: Tensor, rows_N: Tensor, slots: int, layout: Layout
+) -> Tensor:
     """One row per chosen expert: ``y[t, k] = base[t] + s B_e A_e x[t]`` with e the expert of slot k. Returns (T, K, F).
 
-    ``rows_TK``: the expert of each slot, E for an empty one. The base product is done once per token.
+    ``rows_N``: the expert of each of the T * K ``slots``, E for an empty one. The base product is done once per token.
     """
     u_TR = torch.nn.functional.linear(x_TD, A_RD)
-    h_TKR = u_TR.unsqueeze(1) * as_dtype(gates_of_slots(rows_TK, layout), u_TR.dtype)
-    out_TKF: Tensor = (h_TKR.flatten(0, 1) @ B_FR.t()).view(*rows_TK.shape, B_FR.shape[0])
-    out_TKF = out_TKF.to(base_TF.dtype)
+    h_TKR = u_TR.unsqueeze(1) * as_dtype(gates_of_slots(rows_N, slots, layout), u_TR.dtype)
+    out_TKF: Tensor = as_dtype(torch.nn.functional.linear(h_TKR, B_FR), base_TF.dtype)
     out_TKF += base_TF.unsqueeze(1)
     return out_TKF
 
@@ -144,16 +145,16 @@ def contract_slots(
     weights_TK: Tensor,
     A_RF: Tensor,
     B_DR: Tensor,
-    rows_TK: Tensor,
+    rows_N: Tensor,
     layout: Layout,
     overwrite: bool = False,
 ) -> Tensor:
     """The experts of the down projection: ``base[t] + sum_k w[t, k] s B_e A_e h[t, k]``. Returns (T, D).
 
-    ``rows_TK``: as in :func:`expand_slots`; ``overwrite``: as in :func:`rank_mix_concat`.
+    ``rows_N``: as in :func:`expand_slots`; ``overwrite``: as in :func:`rank_mix_concat`.
     """
-    u_TKR = torch.nn.functional.linear(h_TKF.flatten(0, 1), A_RF).view(*rows_TK.shape, A_RF.shape[0])
-    gates_TKR = gates_of_slots(rows_TK, layout) * weights_TK.unsqueeze(-1)
+    u_TKR = torch.nn.functional.linear(h_TKF, A_RF)
+    gates_TKR = gates_of_slots(rows_N, h_TKF.shape[1], layout) * weights_TK.unsqueeze(-1)
     return add_product(base_TD, (u_TKR * as_dtype(gates_TKR, u_TKR.dtype)).sum(1), B_DR, overwrite=overwrite)
 
 

@@ -61,9 +61,9 @@ class Routing:
         return (self.slot_ids().unsqueeze(-1) == experts_E).to(ROUTER_DTYPE)
 
     def slot_rows(self) -> Tensor:
-        """The expert of each slot with E for an empty one, (T, K) int64: rows of a table. Computed once."""
+        """The expert of each slot with E for an empty one, (T * K,) int64: rows of a table. Computed once."""
         if self._rows is None:
-            self._rows = self.slot_ids().remainder(self.num_experts + 1)
+            self._rows = self.slot_ids().remainder(self.num_experts + 1).reshape(-1)
         return self._rows
 
     def slot_ids(self) -> Tensor:

@@ -40,7 +40,7 @@ def setup(case: str) -> Parts:
 
 def rows(ids: Tensor, layout: Layout) -> Tensor:
     """Empty slots take the row after the last expert's."""
-    return torch.where(ids < 0, len(layout.ranks), ids)
+    return torch.where(ids < 0, len(layout.ranks), ids).flatten()
 
 
 def delta(x: Tensor, A: Tensor, B: Tensor, e: int, layout: Layout) -> Tensor:
@@ -77,7 +77,7 @@ def contract_loop(leaves: dict[str, Tensor], ids: Tensor, layout: Layout) -> Ten
 
 def expand(leaves: dict[str, Tensor], ids: Tensor, layout: Layout) -> Tensor:
     # The kernel may write into the tensor that it makes of the base, never into the base itself.
-    return expand_slots(leaves["base"], leaves["x"], leaves["A"], leaves["B"], rows(ids, layout), layout)
+    return expand_slots(leaves["base"], leaves["x"], leaves["A"], leaves["B"], rows(ids, layout), ids.shape[1], layout)
 
 
 def contract(leaves: dict[str, Tensor], ids: Tensor, layout: Layout) -> Tensor:
