@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from molora.errors import ConfigError, nearest
 from molora.kernels import functional, grouped_ops, reference
 from molora.kernels.configs import MAX_RANK, RIDGE
+from molora.kernels.glu_ops import MAX_GLU_RANK
 from molora.kernels.ops import INTERPRETED
-from molora.kernels.reference import Layout, as_dtype
+from molora.kernels.reference import Half, Layout, as_dtype
 from molora.routing import Routing
 
-__all__ = ["KERNELS", "Call", "Choice", "Kernel", "choose", "contract_slots", "expand_slots", "known", "mix_linear"]
+__all__ = ["KERNELS", "Call", "Choice", "Kernel", "add_ranks", "choose", "contract_slots", "expand_slots", "known"]
+__all__ += ["Unit", "mix_linear", "unit_for"]
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -63,6 +65,9 @@ class Kernel(NamedTuple):
     kernel is for linears only, and the blocks take the one of ``"auto"``.
     ``linear(x, W, bias, A, B, routing, layout)`` for a frozen ``nn.Linear``, or None where the
     base is always called first. ``refuses(call)``: why it cannot run, or None.
+    ``unit(halves, A, layout, routing, act)``: the middle of a gated unit at once, as
+    :func:`molora.kernels.reference.mix_glu`; None, or a reason from ``refuses_units(call)``, where the block keeps its
+    slot axis.
     """
 
     mix: Callable[..., Tensor]
@@ -70,6 +75,8 @@ class Kernel(NamedTuple):
     contract: Callable[..., Tensor] | None
     linear: Callable[..., Tensor] | None
     refuses: Callable[[Call], str | None]
+    unit: Callable[..., tuple[Tensor, Tensor | None]] | None = None
+    refuses_units: Callable[[Call], str | None] = lambda call: None
 
 
 def _dense(routing: Routing | None) -> Tensor | None:
@@ -128,6 +135,36 @@ def _triton_contract(
     return functional.contract_slots(base, h, routing.weights, A, B, routing.slot_ids(), **maps)
 
 
+def _triton_unit(
+    halves: tuple[Half, Half], A: Tensor | None, layout: Layout | None, routing: Routing, act: str
+) -> tuple[Tensor, Tensor | None]:
+    u, v = halves
+    some = next((x for x in (u.layout, v.layout, layout) if x is not None), None)
+    if some is None:
+        some = Layout((), (), routing.slot_ids().new_empty(0), routing.weights.new_empty(0))
+    scales = [some.scale_R if x is None else x.scale_R for x in (u.layout, v.layout, layout)]
+    products = u.base_TF, v.base_TF, u.h_TR, v.h_TR, u.B_FR, v.B_FR, A
+    who = routing.weights, routing.slot_ids(), some.expert_R, scales[0], scales[1], scales[2], routing.num_experts
+    hbar_TF, h_TR = functional.mix_glu(*products, *who, act)
+    return hbar_TF, None if A is None else h_TR
+
+
+def _concat_unit(
+    halves: tuple[Half, Half], A: Tensor | None, layout: Layout | None, routing: Routing, act: str
+) -> tuple[Tensor, Tensor | None]:
+    return reference.mix_glu(*halves, A, layout, routing.weights, routing.slot_rows(), act)
+
+
+def _concat_refuses_units(call: Call) -> str | None:
+    return "gradients are recorded" if call.grad else None
+
+
+def _triton_refuses_units(call: Call) -> str | None:
+    if call.total_rank > MAX_GLU_RANK:
+        return f"{call.total_rank} ranks side by side are more than the {MAX_GLU_RANK} of one program"
+    return _triton_refuses(call)
+
+
 def _groups(routing: Routing, layout: Layout) -> dict[str, Any]:
     start_E = layout.start_E
     if start_E is None:
@@ -176,9 +213,12 @@ def _gather_refuses(call: Call) -> str | None:
 
 
 KERNELS: dict[str, Kernel] = {
-    "concat": Kernel(_concat, _expand, _contract, _concat_linear, _never),
+    "concat": Kernel(*(_concat, _expand, _contract, _concat_linear, _never), _concat_unit, _concat_refuses_units),
     "loop": Kernel(_loop, _expand, _contract, None, _never),
-    "triton": Kernel(_triton_mix, _triton_expand, _triton_contract, _triton_linear, _triton_refuses),
+    "triton": Kernel(
+        *(_triton_mix, _triton_expand, _triton_contract, _triton_linear, _triton_refuses),
+        *(_triton_unit, _triton_refuses_units),
+    ),
     "sorted": Kernel(_sorted_mix, None, None, None, _sorted_refuses),
     "gather": Kernel(_gather_mix, None, None, None, _gather_refuses),
 }
@@ -292,6 +332,43 @@ def contract_slots(
     contract = _for_slots(kernel, h_TKF, experts[-1]).contract
     assert contract is not None
     return contract(base_TD, h_TKF, *experts, _plain(layer, h_TKF))
+
+
+class Unit(NamedTuple):
+    """The middle of a gated unit that is computed at once: by which function, and what its linears left so far."""
+
+    run: Callable[..., tuple[Tensor, Tensor | None]]
+    halves: list[Half]
+
+    def add(self, base_TF: Tensor, gated: bool, x_TD: Tensor, bank: tuple[Tensor, Tensor, Layout] | None) -> None:
+        """Leave an up-side linear's frozen product and its experts' factors; ``bank``: A (R, D), B (F, R), layout."""
+        if bank is None:
+            self.halves.append(Half(base_TF, gated))
+            return
+        A_RD, B_FR, layout = bank
+        h_TR = as_dtype(nn.functional.linear(x_TD, as_dtype(A_RD, x_TD.dtype)), base_TF.dtype)
+        self.halves.append(Half(base_TF, gated, h_TR, as_dtype(B_FR, base_TF.dtype), layout))
+
+    def mix(
+        self, A_RF: Tensor | None, layout: Layout | None, routing: Routing, act: str
+    ) -> tuple[Tensor, Tensor | None]:
+        """``sum_k w_k h_k`` (T, F) and the down experts' ``sum_k w_k s M_k (h_k A^T)`` (T, R)."""
+        u, v = sorted(self.halves, key=lambda h: not h.gated)
+        return self.run((u, v), A_RF, layout, routing, act)
+
+
+def unit_for(kernel: str, x_TD: Tensor, layout: Layout) -> Unit | None:
+    """A unit to fill, where the chosen kernel computes the middle of a gated unit at once for tokens as ``x_TD``."""
+    chosen = _for_slots(kernel, x_TD, layout)
+    if chosen.unit is None or chosen.refuses_units(Call.of(x_TD, None, layout)):
+        return None
+    return Unit(chosen.unit, [])
+
+
+def add_ranks(layer: nn.Module, x_TF: Tensor, base_TD: Tensor, h_TR: Tensor, B_DR: Tensor) -> Tensor:
+    """``base + h B^T`` (T, D); ``base_TD`` is what ``layer`` returned for ``x``."""
+    overwrite = not base_TD.requires_grad and _plain(layer, x_TF)
+    return reference.add_product(base_TD, h_TR, as_dtype(B_DR, h_TR.dtype), overwrite=overwrite)
 
 
 def _for_slots(kernel: str, x: Tensor, layout: Layout) -> Kernel:

@@ -9,12 +9,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "Glu", "Grads", "backward", "forward"]
+from molora.activations import activate
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+__all__ = ["Glu", "Grads", "backward", "forward"]
 
 
 class Glu(NamedTuple):
@@ -69,7 +68,7 @@ def forward(g: Glu) -> tuple[Tensor, Tensor]:
     H2_TR = g.U.new_zeros(g.U.shape[0], 0 if g.A2 is None else g.A2.shape[0], dtype=wide)
     for j in range(g.ids.shape[1]):
         s = _slot(g, j)
-        h_TF = _value(g.act, s.u).mul_(s.v).mul_(s.weight).masked_fill_(~s.used, 0)
+        h_TF = activate(g.act, s.u).mul_(s.v).mul_(s.weight).masked_fill_(~s.used, 0)
         hbar_TF += h_TF
         if g.A2 is not None:
             H2_TR += (h_TF.to(narrow) @ g.A2.to(narrow).t()).masked_fill_(~s.mine, 0) * g.scale2
@@ -89,7 +88,7 @@ def backward(g: Glu, dhbar_TF: Tensor, dH2_TR: Tensor, needs: list[bool]) -> Gra
         s = _slot(g, j)
         gated2 = _gated(dH2_TR, g.scale2, s.mine) if g.A2 is not None else None
         q_TF = _plus(dhbar_TF, gated2, None if g.A2 is None else g.A2.t())
-        act_TF = _value(g.act, s.u)
+        act_TF = activate(g.act, s.u)
         h_TF = act_TF * s.v
         if dw is not None:
             dw[:, j] = (q_TF * h_TF).masked_fill_(~s.used, 0).sum(1)
@@ -129,12 +128,6 @@ def _gated(H_TR: Tensor | None, scale_R: Tensor, mine_TR: Tensor) -> Tensor | No
 def _plus(base_TF: Tensor, gated_TR: Tensor | None, B_FR: Tensor | None) -> Tensor:
     base_TF = base_TF.to(_wide(base_TF))
     return base_TF if gated_TR is None or B_FR is None else base_TF + gated_TR @ B_FR.to(gated_TR.dtype).t()
-
-
-def _value(act: str, u: Tensor) -> Tensor:
-    if act == "silu":
-        return F.silu(u)
-    return F.relu(u) if act == "relu" else F.gelu(u, approximate="tanh" if act == "gelu_tanh" else "none")
 
 
 def _through(act: str, grad: Tensor, u: Tensor) -> Tensor:

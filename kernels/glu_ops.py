@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molora.activations import ACTIVATIONS
 from molora.errors import ConfigError, nearest
 from molora.kernels import eager, glu_eager
-from molora.kernels.glu_eager import ACTIVATIONS, Glu, Grads
+from molora.kernels.glu_eager import Glu, Grads
 from molora.kernels.ops import empty, steps_for
 
 __all__ = ["MAX_GLU_RANK", "mix_glu", "mix_glu_backward_op", "mix_glu_op"]

@@ -14,7 +14,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-__all__ = ["Layout", "contract_slots", "expand_slots", "mix_slots", "rank_mix_concat", "rank_mix_loop"]
+from molora.activations import activate
+
+__all__ = ["Half", "Layout", "add_product", "as_dtype", "contract_slots", "expand_slots", "gates_of", "mix_glu"]
+__all__ += ["mix_slots", "rank_mix_concat", "rank_mix_loop"]
 
 
 class Layout(NamedTuple):
@@ -74,7 +77,8 @@ def gate_ranks(u_TR: Tensor, weights_TE: Tensor, layout: Layout) -> Tensor:
 
 
 def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype == dtype else t.to(dtype)  # a call that changes nothing still costs microseconds
+    """``t.to(dtype)``, which costs microseconds also where it changes nothing."""
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def gates_of(layout: Layout) -> Tensor:
@@ -87,10 +91,20 @@ def gates_of(layout: Layout) -> Tensor:
     return (layout.expert_R == experts_E1) * layout.scale_R
 
 
-def gates_of_slots(rows_N: Tensor, slots: int, layout: Layout) -> Tensor:
-    """(T, K, R) float32, one row of :func:`gates_of` for each of T * K slots."""
-    table = layout.slot_gate_ER if layout.slot_gate_ER is not None else gates_of(layout)
-    return table.index_select(0, rows_N).view(-1, slots, table.shape[1])
+class _Gates:
+    """(T, K, R) float32, one row of :func:`gates_of` for each slot; the linears of a block mostly share them."""
+
+    def __init__(self, rows_N: Tensor, slots: int) -> None:
+        self.rows_N, self.slots = rows_N, slots
+        self._last: tuple[Layout, Tensor] | None = None
+
+    def of(self, layout: Layout) -> Tensor:
+        if self._last is not None and self._last[0][:2] == layout[:2]:
+            return self._last[1]
+        table = layout.slot_gate_ER if layout.slot_gate_ER is not None else gates_of(layout)
+        gates_TKR = table.index_select(0, self.rows_N).view(-1, self.slots, table.shape[1])
+        self._last = layout, gates_TKR
+        return gates_TKR
 
 
 def rank_mix_concat(
@@ -132,11 +146,7 @@ def expand_slots(
 
     ``rows_N``: the expert of each of the T * K ``slots``, E for an empty one. The base product is done once per token.
     """
-    u_TR = torch.nn.functional.linear(x_TD, A_RD)
-    h_TKR = u_TR.unsqueeze(1) * as_dtype(gates_of_slots(rows_N, slots, layout), u_TR.dtype)
-    out_TKF: Tensor = as_dtype(torch.nn.functional.linear(h_TKR, B_FR), base_TF.dtype)
-    out_TKF += base_TF.unsqueeze(1)
-    return out_TKF
+    return _slots_of(Half(base_TF, False, torch.nn.functional.linear(x_TD, A_RD), B_FR, layout), _Gates(rows_N, slots))
 
 
 def contract_slots(
@@ -154,8 +164,56 @@ def contract_slots(
     ``rows_N``: as in :func:`expand_slots`; ``overwrite``: as in :func:`rank_mix_concat`.
     """
     u_TKR = torch.nn.functional.linear(h_TKF, A_RF)
-    gates_TKR = gates_of_slots(rows_N, h_TKF.shape[1], layout) * weights_TK.unsqueeze(-1)
+    gates_TKR = _Gates(rows_N, h_TKF.shape[1]).of(layout) * weights_TK.unsqueeze(-1)
     return add_product(base_TD, (u_TKR * as_dtype(gates_TKR, u_TKR.dtype)).sum(1), B_DR, overwrite=overwrite)
+
+
+class Half(NamedTuple):
+    """What one up-side linear gives to a gated unit: the frozen product (T, F), and its experts' two factors.
+
+    ``h_TR`` = x A^T, before gates; None, like ``B_FR`` and ``layout``, for a linear without experts. ``gated``: whether
+    the activation is on this one.
+    """
+
+    base_TF: Tensor
+    gated: bool
+    h_TR: Tensor | None = None
+    B_FR: Tensor | None = None
+    layout: Layout | None = None
+
+
+def mix_glu(
+    u: Half,
+    v: Half,
+    A_RF: Tensor | None,
+    layout: Layout | None,
+    weights_TK: Tensor,
+    rows_N: Tensor,
+    act: str,
+) -> tuple[Tensor, Tensor | None]:
+    """``h_k = act(u_k) v_k``, and of it ``sum_k w_k h_k`` (T, F) and ``sum_k w_k s M_k (h_k A^T)`` (T, R); no gradient.
+
+    ``u_k = base + s (h M_k) B^T`` with M_k the ranks of slot k's expert. The second is None without ``A_RF``, the A of
+    the down linear, whose layout is ``layout``. ``rows_N``: as in :func:`expand_slots`.
+    """
+    slots = weights_TK.shape[1]
+    gates = _Gates(rows_N, slots)
+    h_TKF = activate(act, _slots_of(u, gates), inplace=True)
+    h_TKF *= _slots_of(v, gates)
+    hbar_TF = _mix(h_TKF, as_dtype(weights_TK, h_TKF.dtype))
+    if A_RF is None or layout is None:
+        return hbar_TF, None
+    gates_TKR = as_dtype(gates.of(layout) * weights_TK.unsqueeze(-1), h_TKF.dtype)
+    return hbar_TF, (torch.nn.functional.linear(h_TKF, as_dtype(A_RF, h_TKF.dtype)) * gates_TKR).sum(1)
+
+
+def _slots_of(half: Half, gates: _Gates) -> Tensor:
+    if half.h_TR is None or half.B_FR is None or half.layout is None:
+        return half.base_TF.unsqueeze(1).repeat(1, gates.slots, 1)
+    h_TKR = half.h_TR.unsqueeze(1) * as_dtype(gates.of(half.layout), half.h_TR.dtype)
+    out_TKF: Tensor = as_dtype(torch.nn.functional.linear(h_TKR, half.B_FR), half.base_TF.dtype)
+    out_TKF += half.base_TF.unsqueeze(1)
+    return out_TKF
 
 
 def _mix(h_TKF: Tensor, weights_TK: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ __all__ = [
     "switched_off",
     "tape_of",
     "taping",
+    "units",
     "use",
     "valid_tokens",
 ]
@@ -71,6 +72,7 @@ class Frame:
     constant that multiplies every expert. ``observations``: where routers report, None when nothing is collected.
     ``task_ids``: (B,) or (B, S). ``tape``: site path to recorded routings. ``recompute``: in a checkpoint's recompute.
     ``valid`` and ``shared``: real tokens by stream and length, and the routings of blocks, computed once a forward.
+    ``units``: by block, what the up-side linears of a gated unit left for its down linear.
     """
 
     masks: dict[str, Tensor] = field(default_factory=dict)
@@ -83,6 +85,7 @@ class Frame:
     recompute: bool = False
     valid: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     shared: dict[str, Routing] = field(default_factory=dict)
+    units: dict[str, Any] = field(default_factory=dict)
 
 
 class _State(threading.local):
@@ -92,6 +95,7 @@ class _State(threading.local):
 
     def __init__(self) -> None:
         self.shared: dict[str, Routing] = {}
+        self.units: dict[str, Any] = {}
 
 
 _state = _State()
@@ -105,6 +109,11 @@ def current() -> Frame | None:
 def scratch() -> dict[str, Routing]:
     """Where the router of a block leaves its routing for the block's other linears."""
     return _state.shared if _state.frame is None else _state.frame.shared
+
+
+def units() -> dict[str, Any]:
+    """By block, the gated unit that its up-side linears fill for its down linear."""
+    return _state.units if _state.frame is None else _state.frame.units
 
 
 @contextlib.contextmanager
@@ -189,6 +198,7 @@ def checkpoint_contexts() -> tuple[contextlib.AbstractContextManager[None], cont
             tape=None,
             recompute=True,
             shared={},
+            units={},
             valid={},
         )
     return contextlib.nullcontext(), _as_it_was(again, _state.off)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
 
 from molora import context
 from molora.config import Placement
-from molora.kernels.dispatch import contract_slots, expand_slots
+from molora.kernels.dispatch import Unit, add_ranks, contract_slots, expand_slots, unit_for
 from molora.kernels.reference import mix_slots
 from molora.layers import MixtureLinear, Owner, RoutedModule
 from molora.routing import Routing
@@ -26,7 +27,11 @@ __all__ = ["FFNDown", "FFNRows", "FFNUp"]
 
 
 class FFNUp(MixtureLinear):
-    """An up-side linear: x (..., D) to (..., K, F), one slot per chosen expert. The first to run owns the router."""
+    """An up-side linear: x (..., D) to (..., K, F), one slot per chosen expert. The first to run owns the router.
+
+    Where the block is a gated unit, ``act(u) * v``, and the kernel computes its middle at once, the frozen product and
+    the experts' factors go to the down linear directly, and the module's own middle sees a single zero per token.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Base product once per token, plus each slot's own expert."""
@@ -35,13 +40,30 @@ class FFNUp(MixtureLinear):
         base = self.base(x)
         x_TD = x.reshape(-1, x.shape[-1])
         routing = self.route(x_TD)
-        K = routing.weights.shape[1]
-        if self.bank is None:
-            return base.unsqueeze(-2).expand(*base.shape[:-1], K, -1)
         base_TF, bank = base.reshape(-1, base.shape[-1]), self.bank
+        if self.site.act and (unit := self._unit(x_TD)) is not None:
+            experts = None if bank is None else (bank.lora_A, bank.lora_B, bank.layout)
+            unit.add(base_TF, self.site.gated, self.dropped(x_TD), experts)
+            return base.new_zeros(*base.shape[:-1], 1, 1)
+        K = routing.weights.shape[1]
+        if bank is None:
+            return base.unsqueeze(-2).expand(*base.shape[:-1], K, -1)
         dropped_TD = self.dropped(x_TD)
         y_TKF = expand_slots(self.kernel, base_TF, dropped_TD, bank.lora_A, bank.lora_B, routing, bank.layout)
         return y_TKF.view(*base.shape[:-1], K, base.shape[-1])
+
+    def _unit(self, x_TD: Tensor) -> Unit | None:
+        """Where to leave this linear's half, or None where the block keeps its slot axis; the leading site decides."""
+        units = context.units()
+        if self.router is None or self.bank is None:
+            return units.get(self.site.block)
+        dropout = self.placement.lora_dropout and self.training  # the down experts' mask differs from slot to slot
+        unit = None if dropout else unit_for(self.kernel, x_TD, self.bank.layout)
+        if unit is None:
+            units.pop(self.site.block, None)
+        else:
+            units[self.site.block] = unit
+        return unit
 
 
 class FFNDown(MixtureLinear):
@@ -53,16 +75,36 @@ class FFNDown(MixtureLinear):
             return cast(Tensor, self.base_layer(h))
         h_TKF = h.flatten(0, -3) if h.ndim > 3 else h.reshape(-1, *h.shape[-2:])
         routing = self._of_block(h_TKF.shape[0])
-        weights_TK = routing.weights.to(h.dtype)
-        mixed_TF = mix_slots(h_TKF, weights_TK)
-        y = self.base(mixed_TF.view(*h.shape[:-2], h.shape[-1]))
+        unit = context.units().pop(self.site.block, None) if self.site.act else None
+        if unit is None:
+            y_TD = self._from_slots(h_TKF, h.shape[:-2], routing)
+        else:
+            y_TD = self._from_unit(unit, h.shape[:-2], routing)
+        return y_TD.view(*h.shape[:-2], y_TD.shape[-1])
+
+    def _from_slots(self, h_TKF: Tensor, tokens: torch.Size, routing: Routing) -> Tensor:
+        weights_TK = routing.weights.to(h_TKF.dtype)
+        y_TD = self._base_of_mixed(mix_slots(h_TKF, weights_TK), tokens, weights_TK)
+        if self.bank is None:
+            return y_TD
+        experts = (self.bank.lora_A, self.bank.lora_B, routing, self.bank.layout)
+        return contract_slots(self.kernel, self.base_layer, y_TD, self.dropped(h_TKF), experts)
+
+    def _from_unit(self, unit: Unit, tokens: torch.Size, routing: Routing) -> Tensor:
+        bank = self.bank
+        A_RF, layout = (None, None) if bank is None else (bank.lora_A, bank.layout)
+        mixed_TF, h_TR = unit.mix(A_RF, layout, routing, self.site.act)
+        y_TD = self._base_of_mixed(mixed_TF, tokens, routing.weights)
+        if bank is None or h_TR is None:
+            return y_TD
+        return add_ranks(self.base_layer, mixed_TF, y_TD, h_TR, bank.lora_B)
+
+    def _base_of_mixed(self, mixed_TF: Tensor, tokens: torch.Size, weights_TK: Tensor) -> Tensor:
+        y = self.base(mixed_TF.view(*tokens, mixed_TF.shape[-1]))
         y_TD = y.reshape(-1, y.shape[-1])
         if self.bias is not None and self.placement.gate.renormalize != "one":
-            y_TD = y_TD + (weights_TK.sum(1, keepdim=True) - 1) * self.bias
-        if self.bank is not None:
-            experts = (self.bank.lora_A, self.bank.lora_B, routing, self.bank.layout)
-            y_TD = contract_slots(self.kernel, self.base_layer, y_TD, self.dropped(h_TKF), experts)
-        return y_TD.view(y.shape)
+            y_TD = y_TD + (weights_TK.to(y_TD.dtype).sum(1, keepdim=True) - 1) * self.bias
+        return y_TD
 
 
 class FFNRows(RoutedModule):

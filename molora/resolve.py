@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -93,12 +94,20 @@ class _Resolver:
                 f"values to find them: {self.why_no_trace}; use a recipe that works linear by linear"
             )
         blocks = [b for b in ffn_blocks(self.record) if targets & {*b.ups, b.down}]
+        if any(b.act for b in blocks):
+            blocks = self.same_in_training(blocks)
         if not blocks:
             raise TargetError(
                 f"recipe {self.config.recipe!r} needs a feed-forward block, and none of the targeted modules is in one "
                 f"(up-side linears, an elementwise middle, a down linear): {', '.join(sorted(_last(targets)))}"
             )
         return blocks
+
+    def same_in_training(self, blocks: list[FFNBlock]) -> list[FFNBlock]:
+        """The blocks, units only where the middle computes the same in train mode (dropout there would be lost)."""
+        again, _ = _try_trace(self.model, train=True)
+        alike = set() if again is None else set(ffn_blocks(again))
+        return [b if b in alike else dataclasses.replace(b, act="", gated="") for b in blocks]
 
     def resolve(self, targets: list[str]) -> list[SiteConfig]:
         blocks = self.blocks(set(targets))
@@ -121,7 +130,23 @@ class _Resolver:
         if p.unit == "ffn" and not b.slots:
             return self.rows(b, i, targets, name)
         keep = [u for u in paths if p.unit == "ffn" or u in targets or u == b.ups[0]]
-        return [self.site(u, i, adapted=u in targets, role=roles[u], block=b.down, lead=u == b.ups[0]) for u in keep]
+        act = b.act if p.unit == "ffn" else ""
+        sites = [
+            self.site(
+                *(u, i),
+                adapted=u in targets,
+                role=roles[u],
+                block=b.down,
+                lead=u == b.ups[0],
+                act=act,
+                gated=bool(act) and u == b.gated,
+            )
+            for u in keep
+        ]
+        ranks = {s.expert_ranks() for s in sites if s.ranks}
+        if len(ranks) > 1 or not sites[0].ranks:  # one map of ranks, the leading site's, serves the linears of a unit
+            return [s.replace(act="", gated=False) for s in sites]
+        return sites
 
     def rows(self, b: FFNBlock, i: int, targets: set[str], name: str) -> list[SiteConfig]:
         paths = {*b.ups, b.down}
@@ -178,10 +203,10 @@ def resolve(model: nn.Module, config: MoloraConfig, adapters: Mapping[str, LoraA
     return tuple(_Resolver(model, config, found, modules, record, why).resolve(targets))
 
 
-def _try_trace(model: nn.Module) -> tuple[Trace | None, str]:
+def _try_trace(model: nn.Module, train: bool = False) -> tuple[Trace | None, str]:
     """The shape-only forward, or why it failed. A model may raise anything when it is run without values."""
     try:
-        return trace(model), ""
+        return trace(model, train), ""
     except Exception as e:  # noqa: BLE001 the model's own code runs here
         return None, f"{type(e).__name__}: {e}"
 

@@ -120,8 +120,8 @@ def gate(
 def _softmax_of_chosen(logits_TE: Tensor, config: GateConfig, top_k: int, rows: int) -> Routing:
     """Softmax over all, top-k, renormalised to 1: as a value, the softmax over the chosen logits."""
     scaled_TE = logits_TE if config.temperature == 1.0 else logits_TE / config.temperature
-    ids_TK = scaled_TE.detach().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    weights_TK = _harden(scaled_TE.gather(1, ids_TK).softmax(-1), config.hard_weight)
+    sorted_TE, order_TE = scaled_TE.sort(dim=-1, descending=True, stable=True)
+    ids_TK, weights_TK = order_TE[:, :top_k], _harden(sorted_TE[:, :top_k].softmax(-1), config.hard_weight)
     if config.capacity is not None:
         weights_TK, ids_TK = _limit(weights_TK, ids_TK, config.capacity, logits_TE.shape[-1], rows)
     return Routing(weights_TK, ids_TK, None, logits_TE, config.temperature)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from molora.activations import ACTIVATIONS
 from molora.parts import MOST
 from molora.strict import Strict, at_least, choice
 
@@ -15,6 +16,7 @@ class SiteConfig(Strict):
     """One adapted module, resolved: everything needed to build it again without looking at names or patterns.
 
     ``role``: ``linear``; ``up`` / ``down`` of an ffn unit; ``rows``, a feed-forward module run once per chosen expert.
+    ``act`` and ``gated``: on the sites of an ffn unit that is ``act(u) * v``, the activation, and which site makes u.
     ``block``: path that names the shared router's block, ``lead`` the site that owns it. ``layer``: -1 without an
     index. ``mask``: the forward argument that marks this stream's real tokens, empty for none. ``index``: position
     among the sites of a model-wide router. ``ranks`` and ``scales``: one value for all experts, or one each.
@@ -23,6 +25,8 @@ class SiteConfig(Strict):
     path: str
     placement: int
     role: str = "linear"
+    act: str = ""
+    gated: bool = False
     block: str = ""
     lead: bool = True
     layer: int = -1
@@ -38,6 +42,7 @@ class SiteConfig(Strict):
     def faults(self) -> list[str]:
         """Values out of range and options that contradict each other."""
         out = choice("role", self.role, ("linear", "up", "down", "rows"))
+        out += choice("act", self.act, ("", *ACTIVATIONS))
         for name in ("in_features", "out_features", "num_experts"):
             out += at_least(name, getattr(self, name), 1, 2**32 if name != "num_experts" else MOST)
         for name, values in (("ranks", self.ranks), ("scales", self.scales)):

@@ -3,19 +3,21 @@
 In a recorded shape-only forward, a linear is a *down* projection when everything that flows into it comes from linears
 that read one and the same tensor (the *up* side), through operations that touch no parameter and keep tokens apart.
 The operations are then replayed on small random numbers, once with a slot axis and once without, to see whether the
-axis may stay.
+axis may stay, and beside ``act(u) * v``, to see whether the block is a gated linear unit.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from molora.activations import ACTIVATIONS, activate
 from molora.trace import Call, Trace
 
 __all__ = ["FFNBlock", "ffn_blocks"]
@@ -23,11 +25,17 @@ __all__ = ["FFNBlock", "ffn_blocks"]
 
 @dataclass(frozen=True)
 class FFNBlock:
-    """A feed-forward block: up-side linears in the order they run, the down linear, and whether slots may stay."""
+    """A feed-forward block: up-side linears in the order they run, the down linear, and whether slots may stay.
+
+    ``act`` and ``gated``: where the middle is ``act(u) * v`` of two linears and nothing else, the activation and the
+    linear that makes u; both empty otherwise.
+    """
 
     ups: tuple[str, ...]
     down: str
     slots: bool
+    act: str = ""
+    gated: str = ""
 
 
 def ffn_blocks(record: Trace) -> list[FFNBlock]:
@@ -37,8 +45,9 @@ def ffn_blocks(record: Trace) -> list[FFNBlock]:
         for t in outs:
             makers.setdefault(id(t), []).append(i)
     by_out = {id(c.out): c for c in record.calls}
-    known: dict[str, bool | None] = {}
-    blocks = [b for down in record.calls if (b := _block(record, makers, by_out, down, known)) is not None]
+    known: dict[str, _Kind | None] = {}
+    with torch.random.fork_rng(devices=[]):  # a replayed dropout draws
+        blocks = [b for down in record.calls if (b := _block(record, makers, by_out, down, known)) is not None]
     apart: list[FFNBlock] = []
     for b in blocks:
         if not {b.down, *b.ups} & {path for other in apart for path in (*other.ups, other.down)}:
@@ -51,11 +60,11 @@ def _inputs(op: tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]) -> It
 
 
 def _block(
-    record: Trace, makers: dict[int, list[int]], by_out: dict[int, Call], down: Call, known: dict[str, bool | None]
+    record: Trace, makers: dict[int, list[int]], by_out: dict[int, Call], down: Call, known: dict[str, _Kind | None]
 ) -> FFNBlock | None:
     """The block that ends in ``down``, or None: walk back to linears, check widths, tokens and slots.
 
-    ``known``: by a middle's form, whether slots may stay (None: no block), so that equal layers are tried once.
+    ``known``: by a middle's form, what it is (None: no block), so that equal layers are tried once.
     """
     ups: dict[int, Call] = {}
     needed: set[int] = set()
@@ -83,9 +92,20 @@ def _block(
     middle = _Middle(record, sorted(needed), calls, down)
     form = middle.form()
     if form not in known:
-        known[form] = middle.carries_slots() if middle.keeps_tokens_apart() else None
-    slots = known[form]
-    return None if slots is None else FFNBlock(tuple(c.path for c in calls), down.path, slots)
+        known[form] = _Kind(middle.carries_slots(), *middle.unit()) if middle.keeps_tokens_apart() else None
+    kind = known[form]
+    if kind is None:
+        return None
+    paths = tuple(c.path for c in calls)
+    return FFNBlock(paths, down.path, kind.slots, kind.act, paths[kind.gated] if kind.act else "")
+
+
+class _Kind(NamedTuple):
+    """What a middle is: whether slots may stay; of a gated linear unit, its activation and which linear it is on."""
+
+    slots: bool
+    act: str = ""
+    gated: int = 0
 
 
 class _Middle:
@@ -132,6 +152,22 @@ class _Middle:
         same = (a.reshape(-1, width) == b.reshape(-1, width)).all(-1)
         return bool(same[1:].all()) and not bool(same[0])
 
+    def unit(self) -> tuple[str, int]:
+        """(act, i) where the middle is ``act(u_i) * u_j``, also on a last dimension of 1; ("", 0) otherwise."""
+        if len(self.ups) != 2 or self.ups[0].out.shape != self.ups[1].out.shape:
+            return "", 0
+        values = [3 * v for v in self._numbers(2)]  # wide enough to tell the two forms of GELU apart
+        thin = [v[..., :1].clone() for v in values]
+        try:
+            whole, single = self.run(values), self.run(thin)
+        except (RuntimeError, KeyError, TypeError, ValueError, IndexError, NotImplementedError):
+            return "", 0
+        for act, (i, j) in itertools.product(ACTIVATIONS, ((0, 1), (1, 0))):
+            pairs = (whole, values), (single, thin)
+            if all(_close(got, activate(act, v[i]) * v[j], 1e-6) for got, v in pairs):
+                return act, i
+        return "", 0
+
     def carries_slots(self) -> bool:
         """Whether running two slots on a new axis before the last equals running them one by one."""
         values, others = self._numbers(0), self._numbers(1)
@@ -140,7 +176,11 @@ class _Middle:
             apart = torch.stack((self.run(values), self.run(others)), -2)
         except (RuntimeError, KeyError, TypeError, ValueError, IndexError, NotImplementedError):
             return False
-        return together.shape == apart.shape and bool(torch.allclose(together, apart, rtol=1e-5, atol=1e-6))
+        return _close(together, apart, 1e-5)
+
+
+def _close(a: Tensor, b: Tensor, rtol: float) -> bool:
+    return a.shape == b.shape and bool(torch.allclose(a, b, rtol=rtol, atol=1e-6))
 
 
 def _without_device(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def _true_shape(t: Tensor) -> torch.Size:
     return getattr(t, "ds_shape", t.shape)  # a parameter that ZeRO-3 partitioned is empty itself
 
 
-def _hollow(model: nn.Module, trace: Trace) -> nn.Module:
+def _hollow(model: nn.Module, trace: Trace, train: bool) -> nn.Module:
     """A copy of ``model`` on the meta device with stand-ins for its linears."""
     memo: dict[int, Any] = {}
     for p in model.parameters():
@@ -109,7 +109,10 @@ def _hollow(model: nn.Module, trace: Trace) -> nn.Module:
         if shape is not None and path:
             parent, _, name = path.rpartition(".")
             setattr(hollow.get_submodule(parent), name, _Shape(path, shape, module, trace))
-    return hollow.eval()
+    for module in hollow.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+    return hollow.train(train)
 
 
 def _images(config: Any) -> tuple[int, int, int, int] | None:
@@ -145,14 +148,14 @@ def _is_dual(model: nn.Module) -> bool:
     return hasattr(getattr(model, "config", None), "projection_dim")
 
 
-def trace(model: nn.Module) -> Trace:
-    """Record one shape-only forward of ``model``.
+def trace(model: nn.Module, train: bool = False) -> Trace:
+    """Record one shape-only forward of ``model``, in train mode if so asked; the global random state stays as it is.
 
     Raises:
         RuntimeError, TypeError, ...: whatever the model raises when it cannot run without values.
     """
     record = Trace()
-    hollow = _hollow(model, record)
-    with torch.no_grad(), _Recorder(record):
+    hollow = _hollow(model, record, train)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), _Recorder(record):
         hollow(**example_inputs(hollow))
     return record

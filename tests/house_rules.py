@@ -19,6 +19,7 @@ ROWS: tuple[Row, ...] = (
         0,
         (
             "molora.errors",
+            "molora.activations",
             "molora.strict",
             "molora.strict_json",
             "molora.parts",

@@ -98,6 +98,8 @@ def test_block_is_the_sum_over_chosen_experts(name: str, route: str, root: Path)
         assert not torch.allclose(routing.weights.sum(-1), torch.ones(10))
     expected = by_hand(sites, act, x.flatten(0, 1), routing).view_as(x)
     close(got, expected, "same_math_fp32")
+    with torch.no_grad():
+        assert torch.equal(block(x), got)  # a gated unit is computed at once there, without a slot axis
     inputs = [x, *(p for p in block.parameters() if p.requires_grad)]
     seed = torch.randn(got.shape, generator=torch.Generator().manual_seed(6))
     ours, theirs = (torch.autograd.grad(y, inputs, seed, allow_unused=True) for y in (got, expected))

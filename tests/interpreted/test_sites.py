@@ -47,12 +47,24 @@ def test_every_site_runs_the_operator_of_its_role(recipe: str, root: Path):
     with Ops(model) as ops, torch.no_grad():
         logits = model(**inputs).logits
     sites = {p: m for p, m in model.named_modules() if isinstance(m, MixtureLinear)}
-    wanted = {"up": "expand_slots", "down": "contract_slots"}
+    wanted = {"up": {}, "down": {"mix_glu": 1}}  # the down linear of a gated unit runs what the up side left
     for path, site in sites.items():
-        name = wanted.get(site.site.role, "rank_mix_linear")
-        assert dict(ops.seen[path]) == {name: 1}, path
+        assert dict(ops.seen[path]) == wanted.get(site.site.role, {"rank_mix_linear": 1}), path
     with torch.no_grad():
         close(logits, built(recipe, root, "concat")(**inputs).logits, "same_math_fp32")
+
+
+@pytest.mark.parametrize(
+    "more", [{"lora_dropout": 0.5}, {"rank_pattern": {"down_proj": 3}}, {"r": 40}], ids=["dropout", "ranks", "wide"]
+)
+def test_blocks_that_are_no_whole_unit_keep_their_slots(more: dict[str, Any], root: Path):
+    """Dropout on the slots, unequal ranks, or more ranks than one program of the unit's kernel holds."""
+    model = built("mixlora", root, "triton", **more).train()
+    with Ops(model) as ops:
+        model(**{k: v.to(DEVICE) for k, v in tiny.batch("llama").items()}).loss.backward()
+    roles = {p: m.site.role for p, m in model.named_modules() if isinstance(m, MixtureLinear)}
+    wanted = {"up": {"expand_slots": 1}, "down": {"contract_slots": 1}}
+    assert all(dict(ops.seen[p]) == wanted[role] for p, role in roles.items() if role in wanted)
 
 
 def test_dropout_and_hooks_call_the_layer_itself(root: Path):
