@@ -117,7 +117,7 @@ def measure(quick: bool, progress: Progress) -> tuple[list[Line], dict[str, Any]
             "xlora": subjects.forward(ours),
             "peft xlora": subjects.forward(theirs),
         },
-        rounds,
+        rounds if quick else 2 * rounds + 1,  # short, and two of the goals are close
         progress,
         "forwards",
     )

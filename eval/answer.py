@@ -62,8 +62,8 @@ def fresh_answers(base: Path, dtype: str, adapter: Path, prompts: Mapping[str, s
     return Answers(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def peak_gb() -> float:
-    """Peak resident memory of this process in GiB.
+def peak_gb(now: bool = False) -> float:
+    """Peak resident memory of this process in GiB; with ``now``, what is resident at this moment where that is known.
 
     The kernel's own count where there is one: ``getrusage`` of a child starts at the peak of the parent it was forked
     from, whatever the child then runs.
@@ -71,7 +71,7 @@ def peak_gb() -> float:
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.exists() else []
     for line in lines:
-        if line.startswith("VmHWM:"):
+        if line.startswith("VmRSS:" if now else "VmHWM:"):
             return int(line.split()[1]) / 2**20
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

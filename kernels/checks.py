@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from molora.errors import ConfigError
+from molora.routing import autocast_on
 
 __all__ = ["expect", "lowered"]
 
 
 def lowered(x: Tensor) -> Tensor:
     """x in the dtype that autocast takes products in; custom operators are not cast by themselves."""
-    if not torch.is_autocast_enabled(x.device.type) or x.dtype == torch.float64:
+    if not autocast_on(x) or x.dtype == torch.float64:
         return x
     return x.to(torch.get_autocast_dtype(x.device.type))
 

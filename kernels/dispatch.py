@@ -15,8 +15,8 @@ from molora.kernels import functional, grouped_ops, reference
 from molora.kernels.configs import MAX_RANK, RIDGE
 from molora.kernels.glu_ops import MAX_GLU_RANK
 from molora.kernels.ops import INTERPRETED
-from molora.kernels.reference import Half, Layout, as_dtype
-from molora.routing import Routing
+from molora.kernels.reference import Half, Layout
+from molora.routing import Routing, as_dtype, autocast_on
 
 __all__ = ["KERNELS", "Call", "Choice", "Kernel", "add_ranks", "choose", "contract_slots", "expand_slots", "known"]
 __all__ += ["Unit", "mix_linear", "unit_for"]
@@ -66,8 +66,8 @@ class Kernel(NamedTuple):
     ``linear(x, W, bias, A, B, routing, layout)`` for a frozen ``nn.Linear``, or None where the
     base is always called first. ``refuses(call)``: why it cannot run, or None.
     ``unit(halves, A, layout, routing, act)``: the middle of a gated unit at once, as
-    :func:`molora.kernels.reference.mix_glu`; None, or a reason from ``refuses_units(call)``, where the block keeps its
-    slot axis.
+    :func:`molora.kernels.reference.mix_glu`; where it is None, or ``takes_units(x, layout)`` is false, the block
+    keeps its slot axis.
     """
 
     mix: Callable[..., Tensor]
@@ -76,7 +76,7 @@ class Kernel(NamedTuple):
     linear: Callable[..., Tensor] | None
     refuses: Callable[[Call], str | None]
     unit: Callable[..., tuple[Tensor, Tensor | None]] | None = None
-    refuses_units: Callable[[Call], str | None] = lambda call: None
+    takes_units: Callable[[Tensor, Layout], bool] = lambda x, layout: True
 
 
 def _dense(routing: Routing | None) -> Tensor | None:
@@ -155,14 +155,12 @@ def _concat_unit(
     return reference.mix_glu(*halves, A, layout, routing.weights, routing.slot_rows(), act)
 
 
-def _concat_refuses_units(call: Call) -> str | None:
-    return "gradients are recorded" if call.grad else None
+def _without_gradients(x: Tensor, layout: Layout) -> bool:
+    return not torch.is_grad_enabled()
 
 
-def _triton_refuses_units(call: Call) -> str | None:
-    if call.total_rank > MAX_GLU_RANK:
-        return f"{call.total_rank} ranks side by side are more than the {MAX_GLU_RANK} of one program"
-    return _triton_refuses(call)
+def _in_one_program(x: Tensor, layout: Layout) -> bool:
+    return layout.expert_R.shape[0] <= MAX_GLU_RANK
 
 
 def _groups(routing: Routing, layout: Layout) -> dict[str, Any]:
@@ -213,11 +211,11 @@ def _gather_refuses(call: Call) -> str | None:
 
 
 KERNELS: dict[str, Kernel] = {
-    "concat": Kernel(*(_concat, _expand, _contract, _concat_linear, _never), _concat_unit, _concat_refuses_units),
+    "concat": Kernel(*(_concat, _expand, _contract, _concat_linear, _never), _concat_unit, _without_gradients),
     "loop": Kernel(_loop, _expand, _contract, None, _never),
     "triton": Kernel(
         *(_triton_mix, _triton_expand, _triton_contract, _triton_linear, _triton_refuses),
-        *(_triton_unit, _triton_refuses_units),
+        *(_triton_unit, _in_one_program),
     ),
     "sorted": Kernel(_sorted_mix, None, None, None, _sorted_refuses),
     "gather": Kernel(_gather_mix, None, None, None, _gather_refuses),
@@ -264,7 +262,7 @@ def known(kernel: str) -> None:
 
 
 def _chosen(kernel: str, x: Tensor, routing: Routing | None, layout: Layout) -> Kernel:
-    if kernel == "auto" and x.device.type == "cpu":  # as choose() says; asking it costs more than a gate of one token
+    if kernel == "auto" and x.is_cpu:  # as choose() says; asking it costs more than a gate of one token
         return KERNELS["concat"]
     return KERNELS[choose(kernel, Call.of(x, routing, layout)).name]
 
@@ -293,8 +291,9 @@ def mix_linear(
 
 
 def _plain(layer: nn.Module, x: Tensor) -> bool:
-    state = layer.__dict__
-    if type(layer) is not nn.Linear or "forward" in state or any(state[hooks] for hooks in _HOOKS):
+    if type(layer) is not nn.Linear or "forward" in layer.__dict__:
+        return False
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return False
     parameters = layer._parameters  # a look-up of each through the module costs as much as a gate of one token
     weight, bias = parameters.get("weight"), parameters.get("bias")
@@ -302,10 +301,9 @@ def _plain(layer: nn.Module, x: Tensor) -> bool:
         return False
     if weight.shape != (layer.out_features, x.shape[-1]) or (bias is not None and bias.requires_grad):
         return False
-    return not torch.is_autocast_enabled(x.device.type)  # which keeps the weight that it cast; here each call would
+    return not autocast_on(x)  # which keeps the weight that it cast; here each call would
 
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _WHOLE = (nn.Parameter, Tensor)  # neither quantised nor sharded
 
 
@@ -360,7 +358,7 @@ class Unit(NamedTuple):
 def unit_for(kernel: str, x_TD: Tensor, layout: Layout) -> Unit | None:
     """A unit to fill, where the chosen kernel computes the middle of a gated unit at once for tokens as ``x_TD``."""
     chosen = _for_slots(kernel, x_TD, layout)
-    if chosen.unit is None or chosen.refuses_units(Call.of(x_TD, None, layout)):
+    if chosen.unit is None or not chosen.takes_units(x_TD, layout):
         return None
     return Unit(chosen.unit, [])
 

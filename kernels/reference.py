@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from molora.activations import activate
+from molora.routing import as_dtype
 
-__all__ = ["Half", "Layout", "add_product", "as_dtype", "contract_slots", "expand_slots", "gates_of", "mix_glu"]
+__all__ = ["Half", "Layout", "add_product", "contract_slots", "expand_slots", "gates_of", "mix_glu"]
 __all__ += ["mix_slots", "rank_mix_concat", "rank_mix_loop"]
 
 
@@ -68,17 +69,12 @@ def rank_mix_loop(
 
 def gate_ranks(u_TR: Tensor, weights_TE: Tensor, layout: Layout) -> Tensor:
     """Multiply each rank by its expert's weight and scale; any leading dimensions. One rounding to u's dtype."""
-    if layout.rank == 1:
+    if layout.expert_R.shape[0] == len(layout.ranks) and layout.rank == 1:
         gates_TR = weights_TE * layout.scale_R
     else:
         gate_ER = layout.gate_ER if layout.gate_ER is not None else gates_of(layout)[:-1]
         gates_TR = weights_TE @ as_dtype(gate_ER, weights_TE.dtype)
     return u_TR * as_dtype(gates_TR, u_TR.dtype)
-
-
-def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``t.to(dtype)``, which costs microseconds also where it changes nothing."""
-    return t if t.dtype == dtype else t.to(dtype)
 
 
 def gates_of(layout: Layout) -> Tensor:
@@ -217,6 +213,8 @@ def _slots_of(half: Half, gates: _Gates) -> Tensor:
 
 
 def _mix(h_TKF: Tensor, weights_TK: Tensor) -> Tensor:
+    if h_TKF.dtype == torch.float32 and h_TKF.is_cpu:  # a third faster; in half precision four times slower
+        return torch.bmm(weights_TK.unsqueeze(1), h_TKF).squeeze(1)
     slots, weights = h_TKF.unbind(1), weights_TK.unsqueeze(-1).unbind(1)
     y_TF = slots[0] * weights[0]
     for h_TF, w_T1 in zip(slots[1:], weights[1:], strict=True):

@@ -70,6 +70,11 @@ class ExpertBank(nn.Module):
             self._layout = made
         return made
 
+    def packed(self) -> tuple[Tensor, Tensor, Layout]:
+        """A (R, in), B (out, R) and the layout."""
+        parameters: Any = self._parameters  # a look-up through the module costs as much as a gate of one token
+        return parameters["lora_A"], parameters["lora_B"], self.layout
+
     def reset_parameters(self, generator: torch.Generator, init: str) -> None:
         """Draw A, and B for ``init="random"`` (else zero), from ``generator`` alone.
 

@@ -27,6 +27,7 @@ __all__ = [
     "both_contexts",
     "checkpoint_contexts",
     "current",
+    "here",
     "is_off",
     "scratch",
     "switched_off",
@@ -104,6 +105,11 @@ _state = _State()
 def current() -> Frame | None:
     """The frame of the running forward in this thread, or None outside of one."""
     return _state.frame
+
+
+def here(owner: object) -> tuple[bool, Frame | None]:
+    """:func:`is_off` and :func:`current` at once."""
+    return is_off(owner), _state.frame
 
 
 def scratch() -> dict[str, Routing]:

@@ -99,6 +99,7 @@ def _one_run(arguments: Arguments, tokenizer: Any, data: Data, out: Path, consol
     prompts = {name: prompt_text(records[0], tokenizer) for name, records in data.heldout_records.items()}
     answers = answer(model, tokenizer, prompts, ANSWER_TOKENS)
     base = model_folder(arguments.model.model_name_or_path)
+    resident = peak_gb(now=True)
     fresh = fresh_answers(base, arguments.model.dtype, trained.folder, prompts, ANSWER_TOKENS)
     if fresh.texts != answers:
         raise CheckpointError(
@@ -110,7 +111,7 @@ def _one_run(arguments: Arguments, tokenizer: Any, data: Data, out: Path, consol
         "options": dict(arguments.mixture.options),
         "train_seconds": trained.seconds,
         "steps": int(trained.log[-1]["step"]),
-        "fresh_process_peak_gb": fresh.peak_gb,
+        "peak_gb_with_fresh_process": resident + fresh.peak_gb,
         **_scores(model, tokenizer, data),
         **_routing(model, tokenizer, data, arguments, out),
         "answers": {name: {"prompt": prompts[name], "answer": text} for name, text in answers.items()},
@@ -178,15 +179,14 @@ def _tell(report: dict[str, Any], out: Path, console: Console) -> None:
 
 def _circumstances(started: float, results: dict[str, Any]) -> dict[str, Any]:
     """Time, memory, machine and versions."""
-    # The fresh processes run beside this one: the sum of both peaks bounds what the machine needs.
-    beside = max((run.get("fresh_process_peak_gb", 0.0) for run in results.values()), default=0.0)
+    with_fresh = max((run.get("peak_gb_with_fresh_process", 0.0) for run in results.values()), default=0.0)
     packages = ("molora", "torch", "transformers", "accelerate", "safetensors")
     installed = {
         d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions() if d.metadata["Name"]
     }
     return {
         "seconds": time.perf_counter() - started,
-        "peak_memory_gb": peak_gb() + beside,
+        "peak_memory_gb": max(peak_gb(), with_fresh),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {"python": platform.python_version()} | {p: installed[p] for p in packages if p in installed},

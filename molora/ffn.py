@@ -42,8 +42,7 @@ class FFNUp(MixtureLinear):
         routing = self.route(x_TD)
         base_TF, bank = base.reshape(-1, base.shape[-1]), self.bank
         if self.site.act and (unit := self._unit(x_TD)) is not None:
-            experts = None if bank is None else (bank.lora_A, bank.lora_B, bank.layout)
-            unit.add(base_TF, self.site.gated, self.dropped(x_TD), experts)
+            unit.add(base_TF, self.site.gated, self.dropped(x_TD), None if bank is None else bank.packed())
             return base.new_zeros(*base.shape[:-1], 1, 1)
         K = routing.weights.shape[1]
         if bank is None:

@@ -15,7 +15,7 @@ from molora.errors import ConfigError, MoloraError
 from molora.kernels.dispatch import mix_linear
 from molora.routers import BALANCES, BiasedRouter
 from molora.routers.balance import Seen
-from molora.routing import ROUTER_DTYPE, Routing, gate
+from molora.routing import ROUTER_DTYPE, Routing, autocast_on, gate
 from molora.site import SiteConfig
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -34,6 +34,7 @@ class RoutedModule(nn.Module):
         super().__init__()
         self.site, self.placement, self.owner, self.router = site, placement, owner, router
         self.always_on = placement.router.kind == "fixed"
+        self.model_wide = placement.router.scope == "model"
         self.has_loss = any(b.coef > 0 for b in placement.balance) and router is not None
 
     def route(self, x_TI: Tensor) -> Routing:
@@ -43,7 +44,7 @@ class RoutedModule(nn.Module):
             MoloraError: when a needed context is missing (the layer was called outside of the model's forward).
         """
         frame = context.current()
-        if self.placement.router.scope == "model":
+        if self.model_wide:
             return self._model_wide(frame, x_TI.shape[0], x_TI.device)
         if self.router is None:
             return self._of_block(x_TI.shape[0])
@@ -179,10 +180,10 @@ class MixtureLinear(RoutedModule):
         Raises:
             ConfigError: for an input of another float dtype than the weight's, without autocast.
         """
-        layer = self.base_layer
-        weight = getattr(layer, "weight", None)
-        dtype = weight.dtype if isinstance(weight, Tensor) else None
-        if dtype != x.dtype and dtype in FLOATS and not torch.is_autocast_enabled(x.device.type):
+        layer = cast(nn.Module, self._modules["base_layer"])
+        weight = layer._parameters.get("weight")
+        dtype = x.dtype if weight is None else weight.dtype
+        if dtype != x.dtype and dtype in FLOATS and not autocast_on(x):
             raise ConfigError(
                 f"{self.site.path}: got an input of {x.dtype} on weights of {dtype}, expected one dtype; cast "
                 f"the inputs to {dtype}, load the model in {x.dtype}, or run under torch.autocast"
@@ -207,10 +208,10 @@ class MixtureLinear(RoutedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """The sum above; shapes and dtypes as in the class docstring."""
-        if context.is_off(self.owner):
+        off, frame = context.here(self.owner)
+        if off:
             return cast(Tensor, self.base_layer(x))
-        frame = context.current()
-        if frame is not None and frame.pass_value == 0.0 and self.placement.router.scope == "model":
+        if self.model_wide and frame is not None and frame.pass_value == 0.0:
             return self.base(x)
         x_TI = x.reshape(-1, x.shape[-1])
         dropped_TI = self.dropped(x_TI)
@@ -218,7 +219,8 @@ class MixtureLinear(RoutedModule):
         bank = self.bank
         if bank is None:
             return self.base(x)
-        experts = (bank.lora_A, bank.lora_B, routing, bank.layout)
+        A_RI, B_OR, layout = bank.packed()
+        experts = A_RI, B_OR, routing, layout
         y_TO = mix_linear(self.kernel, self.base_layer, lambda: self.base(x), x_TI, dropped_TI, experts)
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 

@@ -15,9 +15,19 @@ from torch import Tensor
 
 from molora.config import GateConfig
 
-__all__ = ["ROUTER_DTYPE", "Routing", "dense_weights", "gate"]
+__all__ = ["ROUTER_DTYPE", "Routing", "as_dtype", "autocast_on", "dense_weights", "gate"]
 
 ROUTER_DTYPE = torch.float32  # ST-MoE (arXiv 2202.08906) sec. 3.2: half-precision routers diverge
+
+
+def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``t.to(dtype)``, which costs microseconds also where it changes nothing."""
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def autocast_on(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``."""
+    return torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
 
 
 class Routing:
@@ -99,7 +109,7 @@ def gate(
     choice only, unless ``bias_in_weight``), ties to the lower id; then renormalisation. Cost and shapes do not depend
     on the values. ``top_k`` is the layer's own K (None: dense). ``rows`` is B, for a capacity per sequence.
     """
-    logits_TE = logits_TE.to(ROUTER_DTYPE)
+    logits_TE = as_dtype(logits_TE, ROUTER_DTYPE)
     if top_k is not None and bias_E is None and config.activation == "softmax" and config.renormalize == "one":
         return _softmax_of_chosen(logits_TE, config, top_k, rows)
     probs_TE = _activate(logits_TE, config)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from molora.config import GateConfig, RouterConfig
 from molora.routers.bias import BiasedRouter
-from molora.routing import ROUTER_DTYPE
+from molora.routing import ROUTER_DTYPE, as_dtype, autocast_on
 
 __all__ = ["LinearRouter"]
 
@@ -52,7 +52,7 @@ class LinearRouter(BiasedRouter):
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """Logits (T, E) in float32."""
-        if torch.is_autocast_enabled(x_TI.device.type):
+        if autocast_on(x_TI):
             with torch.autocast(x_TI.device.type, enabled=False):
                 logits_TE = self._product(x_TI)
         else:
@@ -60,5 +60,5 @@ class LinearRouter(BiasedRouter):
         return logits_TE if self.partition == 1 else logits_TE.repeat_interleave(self.partition, dim=-1)
 
     def _product(self, x_TI: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(ROUTER_DTYPE)
-        return nn.functional.linear(x_TI.to(ROUTER_DTYPE), self.weight.to(ROUTER_DTYPE), bias)
+        bias = None if self.bias is None else as_dtype(self.bias, ROUTER_DTYPE)
+        return nn.functional.linear(as_dtype(x_TI, ROUTER_DTYPE), as_dtype(self.weight, ROUTER_DTYPE), bias)
