@@ -21,6 +21,12 @@ __all__ += ["outer", "partial_products", "slot_gates"]
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 H_ONLY, H_GATED, BACKWARD = 0, 1, 2
+REACH = 2**31 // 512  # the kernels count within a tile, of at most so many rows, in 32 bits
+
+
+def near(t: Tensor) -> Tensor:
+    """``t``, copied where its rows or columns lie so far apart that an offset within a tile would not fit."""
+    return t if max(t.stride()) < REACH else t.contiguous()
 
 
 def contract(x_NK: Tensor, m_RK: Tensor) -> Tensor:
@@ -81,6 +87,7 @@ def expand(
     t = tile("expand", rows, total_rank, h_NR.element_size())
     row_tiles, strips = ceil_div(rows, t.rows), ceil_div(width, t.cols)
     visits = walk(row_tiles, strips)
+    b_OR, base_TO = near(b_OR), None if base_TO is None else near(base_TO)
     strides = (0, 0) if base_TO is None else base_TO.stride()
     with torch.cuda.device_of(h_NR):
         concat.expand_kernel[(strips, ceil_div(row_tiles, visits))](
@@ -99,6 +106,7 @@ def outer(wide_TM: Tensor, rank_TR: Tensor, dtype: torch.dtype, transposed: bool
     shape = (total_rank, width) if transposed else (width, total_rank)
     if rows == 0 or 0 in shape:
         return wide_TM.new_zeros(shape, dtype=dtype)
+    wide_TM, rank_TR = near(wide_TM), near(rank_TR)
     t = tile("outer", rows, total_rank, wide_TM.element_size())
     grid = ceil_div(width, t.rows), ceil_div(total_rank, t.cols)
     parts = splits(grid[0] * grid[1], ceil_div(rows, t.depth), 16)
@@ -193,6 +201,7 @@ def _launch_contract(
     h_NR: Tensor | None = None,
     dw_NK: Tensor | None = None,
 ) -> None:
+    x_NK, m_RK = near(x_NK), near(m_RK)
     t, _, slice_k = _cut(x_NK, m_RK)
     (rows, width), total_rank = x_NK.shape, m_RK.shape[0]
     slots, form = (gates.slots, gates.form) if gates else (1, ALWAYS)
