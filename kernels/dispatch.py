@@ -80,7 +80,9 @@ class Kernel(NamedTuple):
 
 
 def _dense(routing: Routing | None) -> Tensor | None:
-    return None if routing is None else routing.dense()
+    if routing is None:
+        return None
+    return routing.weights if routing.ids is None else routing.dense()
 
 
 def _concat(base: Tensor, x: Tensor, A: Tensor, B: Tensor, routing: Routing | None, layout: Layout) -> Tensor:

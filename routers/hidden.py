@@ -66,7 +66,10 @@ class HiddenRouter(nn.Module):
         top_k = self.gate_config.top_k
         assert top_k is None or isinstance(top_k, int)
         flat = gate(logits_TME.flatten(0, 1), self.gate_config, top_k)
-        parts = [self._per_site(t, logits_TME.shape[0]) for t in (flat.weights, flat.ids, flat.probs, flat.logits)]
+        tokens = logits_TME.shape[0]
+        weights, ids, logits = (self._per_site(t, tokens) for t in (flat.weights, flat.ids, flat.logits))
+        probs = weights if flat.probs is flat.weights else self._per_site(flat.probs, tokens)  # the same when dense
+        parts = (weights, ids, probs, logits)
         sites = tuple(Routing(*(p[m] for p in parts)) for m in range(len(parts[0])))  # type: ignore[arg-type]
         return sites if self.config.layerwise else sites * self.num_sites
 
