@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from molora.errors import ConfigError, nearest
 from molora.kernels import functional, grouped_ops, reference
@@ -296,6 +297,8 @@ def _plain(layer: nn.Module, x: Tensor) -> bool:
     if type(layer) is not nn.Linear or "forward" in layer.__dict__:
         return False
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return False
+    if _has_any_global_hook():  # somebody follows every module, as FlopCounterMode does
         return False
     parameters = layer._parameters  # a look-up of each through the module costs as much as a gate of one token
     weight, bias = parameters.get("weight"), parameters.get("bias")
