@@ -137,6 +137,13 @@ class _Middle:
             known.update((id(o), m) for o, m in zip(outs, made, strict=True))
         return known[id(self.down.x)]
 
+    def replay(self, *inputs: list[Tensor]) -> list[Tensor] | None:
+        """The result of each run, or None where the recorded operations do not take these numbers."""
+        try:
+            return [self.run(values) for values in inputs]
+        except (RuntimeError, KeyError, TypeError, ValueError, IndexError, NotImplementedError):
+            return None
+
     def keeps_tokens_apart(self) -> bool:
         """Whether changing one token's values changes that token's result and no other."""
         values, changed = self._numbers(0), []
@@ -144,10 +151,10 @@ class _Middle:
             c = v.clone()
             c.view(-1, v.shape[-1])[0] = o.view(-1, v.shape[-1])[0]
             changed.append(c)
-        try:
-            a, b = self.run(values), self.run(changed)
-        except (RuntimeError, KeyError, TypeError, ValueError, IndexError, NotImplementedError):
+        ran = self.replay(values, changed)
+        if ran is None:
             return False
+        a, b = ran
         width = self.down.x.shape[-1]
         same = (a.reshape(-1, width) == b.reshape(-1, width)).all(-1)
         return bool(same[1:].all()) and not bool(same[0])
@@ -158,10 +165,10 @@ class _Middle:
             return "", 0
         values = [3 * v for v in self._numbers(2)]  # wide enough to tell the two forms of GELU apart
         thin = [v[..., :1].clone() for v in values]
-        try:
-            whole, single = self.run(values), self.run(thin)
-        except (RuntimeError, KeyError, TypeError, ValueError, IndexError, NotImplementedError):
+        ran = self.replay(values, thin)
+        if ran is None:
             return "", 0
+        whole, single = ran
         for act, (i, j) in itertools.product(ACTIVATIONS, ((0, 1), (1, 0))):
             pairs = (whole, values), (single, thin)
             if all(_close(got, activate(act, v[i]) * v[j], 1e-6) for got, v in pairs):
@@ -171,12 +178,8 @@ class _Middle:
     def carries_slots(self) -> bool:
         """Whether running two slots on a new axis before the last equals running them one by one."""
         values, others = self._numbers(0), self._numbers(1)
-        try:
-            together = self.run([torch.stack((v, o), -2) for v, o in zip(values, others, strict=True)])
-            apart = torch.stack((self.run(values), self.run(others)), -2)
-        except (RuntimeError, KeyError, TypeError, ValueError, IndexError, NotImplementedError):
-            return False
-        return _close(together, apart, 1e-5)
+        ran = self.replay([torch.stack((v, o), -2) for v, o in zip(values, others, strict=True)], values, others)
+        return ran is not None and _close(ran[0], torch.stack(ran[1:], -2), 1e-5)
 
 
 def _close(a: Tensor, b: Tensor, rtol: float) -> bool:

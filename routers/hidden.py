@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from molora.config import GateConfig, RouterConfig
-from molora.routing import ROUTER_DTYPE, Routing, gate
+from molora.routing import ROUTER_DTYPE, Routing, as_dtype, gate
 
 __all__ = ["HiddenRouter"]
 
@@ -57,7 +57,11 @@ class HiddenRouter(nn.Module):
                 if i:
                     h = nn.functional.dropout(h.relu(), self.config.dropout, self.training)
                 # The weights may be narrower or wider than float32 when the whole model was cast.
-                h = nn.functional.linear(h, layer.weight.to(ROUTER_DTYPE), _cast(layer.bias))
+                h = nn.functional.linear(
+                    h,
+                    as_dtype(layer.weight, ROUTER_DTYPE),
+                    None if layer.bias is None else as_dtype(layer.bias, ROUTER_DTYPE),
+                )
         return rearrange(h, "t (m e) -> t m e", e=self.num_experts)
 
     def gates(self, hidden_BSD: Tensor) -> tuple[Routing, ...]:
@@ -77,7 +81,3 @@ class HiddenRouter(nn.Module):
         if flat is None:
             return (None,) * (self.num_sites if self.config.layerwise else 1)
         return rearrange(flat, "(t m) k -> m t k", t=tokens).unbind(0)
-
-
-def _cast(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.to(ROUTER_DTYPE)
