@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from molora.adapter_state import saved_tensors
 from molora.checkpoint import Adapter, check_fingerprint, load_tensors, read_adapter
 from molora.config import MoloraConfig, Placement, RouterConfig
 from molora.convert import aligned, put_on
@@ -19,7 +22,7 @@ from molora.model import MixtureModel, adopt
 from molora.strict_json import read_object
 from molora.trace import linear_shape
 
-__all__ = ["from_pretrained", "load"]
+__all__ = ["from_pretrained", "load", "restore"]
 
 MAX_CONFIG = 4 * 2**20  # bytes of an adapter_config.json
 M = TypeVar("M", bound=nn.Module)
@@ -128,6 +131,44 @@ def fill(built: Built, tensors: dict[str, Tensor], folder: str) -> None:
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(tensors[name])
+
+
+def restore(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Copy the adapter in ``folder`` into a model that carries the same mixture already, as resuming does.
+
+    Parameters that ZeRO-3 partitioned are gathered for it, so every process has to call it then.
+
+    Raises:
+        AdapterError: for a folder that is not whole, or holds another mixture; the model is then as before.
+    """
+    mixture = getattr(model, "_molora", None)
+    if mixture is None:
+        raise ConfigError(
+            "restore: got a plain model, expected one that carries a mixture; use molora.load(base, folder)"
+        )
+    adapter = read_adapter(folder)
+    own = mixture.config.replace(adapters=tuple((n, "") for n, _ in mixture.config.adapters), init_from="").to_dict()
+    other = adapter.config.to_dict()
+    differing = sorted(k for k in own if own[k] != other.get(k)) + (["sites"] if adapter.sites != mixture.sites else [])
+    if differing:
+        raise AdapterError(f"{folder}: holds another mixture than the model; they differ in {', '.join(differing)}")
+    tensors = load_tensors(adapter)
+    targets = saved_tensors(model, model.state_dict(keep_vars=True))
+    with torch.no_grad():
+        for name, target in targets.items():
+            with _whole(target):
+                target.copy_(tensors[name])
+
+
+@contextlib.contextmanager
+def _whole(t: Any) -> Iterator[None]:
+    if not hasattr(t, "ds_id"):
+        yield
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters([t], modifier_rank=0):
+        yield
 
 
 def from_pretrained(folder: str | os.PathLike[str], *, trainable: bool = False, **kwargs: Any) -> nn.Module:

@@ -6,7 +6,10 @@ operations at each of hundreds of routers would cost more than the routing itsel
 with w_b = n_b / N (predicted labels of row b over those of the whole step), averaged over routers: additive over rows,
 micro-batches and ranks. f and P of the Switch loss are averages, so their product is additive only if both are taken
 per row (scope ``sequence``); scope ``batch`` takes them over the forward's tokens, as published, and depends on the
-micro-batch.
+micro-batch. There f is taken over the tokens of all processes, so each of them has to run its forward.
+
+A rule's ``shared`` are the places of the tensors (of those that ``observe`` gives) that are taken so; they carry no
+gradient.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from molora import processes
 from molora.config import BalanceConfig
 from molora.context import Observation, Report
 from molora.routers.bias import BiasedRouter
@@ -56,7 +60,7 @@ def _row_mean(values_TE: Tensor, valid_BS: Tensor) -> Tensor:
 class Switch:
     """``E sum_e f_e P_e`` (Switch Transformers, arXiv 2101.03961, eq. 4): 1 at balance, E at collapse."""
 
-    at_router = False
+    at_router, shared = False, (0,)
 
     @staticmethod
     def observe(config: BalanceConfig, seen: Seen) -> tuple[Tensor, ...] | None:
@@ -77,7 +81,7 @@ class Switch:
 class ZLoss:
     """``mean_t (logsumexp logits_t)^2`` (ST-MoE, arXiv 2202.08906, eq. 5): keeps logits small."""
 
-    at_router = False
+    at_router, shared = False, ()
 
     @staticmethod
     def observe(config: BalanceConfig, seen: Seen) -> tuple[Tensor, ...] | None:
@@ -94,7 +98,7 @@ class ZLoss:
 class Supervised:
     """Cross entropy of the router to the task's expert (MeteoRA, arXiv 2405.13053, sec. 3.3); -100 = no label."""
 
-    at_router = False
+    at_router, shared = False, ()
 
     @staticmethod
     def observe(config: BalanceConfig, seen: Seen) -> tuple[Tensor, ...] | None:
@@ -117,7 +121,7 @@ class Supervised:
 class Bias:
     """Loss-free balancing: no loss, only counts for :meth:`molora.routers.bias.BiasedRouter.update_bias`."""
 
-    at_router = True
+    at_router, shared = True, ()
 
     @staticmethod
     def observe(config: BalanceConfig, seen: Seen) -> tuple[Tensor, ...] | None:
@@ -225,7 +229,15 @@ def _values(config: BalanceConfig, pools: list[list[Observation]]) -> list[tuple
             for i in range(len(group[0][0].tensors))
         ]
         if config.scope == "batch":
-            share_B1 = (valid_B / valid_B.sum().clamp_min(1)).unsqueeze(-1)
-            stacked = [(t * share_B1).sum(1, keepdim=True) for t in stacked]
+            shared = BALANCES[config.kind].shared
+            stacked = [_pooled(t, valid_B, everywhere=i in shared) for i, t in enumerate(stacked)]
         out.append((BALANCES[config.kind].rows(config, num_experts, *stacked), valid_B))
     return out
+
+
+def _pooled(t_PBX: Tensor, valid_B: Tensor, everywhere: bool) -> Tensor:
+    """Mean over the tokens of this forward, (pools, 1, ...), or over those of the same forward in every process."""
+    sum_P1X, tokens = (t_PBX * valid_B.unsqueeze(-1)).sum(1, keepdim=True), valid_B.sum()
+    if everywhere:
+        sum_P1X, tokens = processes.total(sum_P1X), processes.total(tokens)
+    return sum_P1X / tokens.clamp_min(1)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from molora import processes
+
 __all__ = ["BiasedRouter", "update_biases"]
 
 _biased: weakref.WeakSet[BiasedRouter] = weakref.WeakSet()
@@ -47,9 +49,8 @@ class BiasedRouter(nn.Module):
         """``b += rate * sign(mean(c) - c)`` with c the picks since the last update, summed over all ranks."""
         if self.select_bias is None or self.load_counts is None:
             return
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.load_counts)
-        self.select_bias += self.bias_rate * torch.sign(self.load_counts.mean() - self.load_counts)
+        counts_E = processes.total(self.load_counts)
+        self.select_bias += self.bias_rate * torch.sign(counts_E.mean() - counts_E)
         self.load_counts.zero_()
 
 

@@ -27,6 +27,7 @@ ROWS: tuple[Row, ...] = (
             "molora.site",
             "molora.routing",
             "molora.context",
+            "molora.processes",
         ),
     ),
     (1, ("molora.tensor_file", "molora.staged")),

@@ -1,0 +1,32 @@
+"""What the processes of one training run agree on. In a single process each of these costs nothing.
+
+Every process has to call them, in the same order: they are collectives.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed
+
+__all__ = ["anywhere", "count", "total"]
+
+
+def count() -> int:
+    """How many processes train together; 1 where torch.distributed was not started."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def total(t: Tensor) -> Tensor:
+    """The sum of ``t`` over all processes, without gradient; ``t`` itself in a single one."""
+    if count() == 1:
+        return t
+    out = t.detach().clone()
+    distributed.all_reduce(out)
+    return out
+
+
+def anywhere(flag: bool, device: torch.device | str = "cpu") -> bool:
+    """Whether ``flag`` holds in any process; ``device``: one that the backend can reduce on."""
+    if count() == 1:
+        return flag
+    return bool(total(torch.tensor(float(flag), device=device)) > 0)
