@@ -94,7 +94,7 @@ def write_adapter(
         r=config.placements[0].r,
         lora_alpha=config.placements[0].lora_alpha,
         target_modules=tuple(sorted({s.path.rpartition(".")[2] for s in sites})),
-        config=config.replace(adapters=tuple((name, "") for name, _ in config.adapters), init_from=""),
+        config=config.without_folders(),
         sites=tuple(sites),
         fingerprint=base,
         sha256="",

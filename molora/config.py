@@ -164,3 +164,7 @@ class MoloraConfig(Strict):
         if given and any(p.imported for p in self.placements):
             out.append(f"{', '.join(given)}: got values for experts that are ready-made, expected none")
         return out + at_least("init_noise", self.init_noise, 0)
+
+    def without_folders(self) -> MoloraConfig:
+        """The mixture as others may see it: named by its adapters, not by where on this machine they came from."""
+        return self.replace(adapters=tuple((name, "") for name, _ in self.adapters), init_from="")

@@ -147,8 +147,7 @@ def restore(model: nn.Module, folder: str | os.PathLike[str]) -> None:
             "restore: got a plain model, expected one that carries a mixture; use molora.load(base, folder)"
         )
     adapter = read_adapter(folder)
-    own = mixture.config.replace(adapters=tuple((n, "") for n, _ in mixture.config.adapters), init_from="").to_dict()
-    other = adapter.config.to_dict()
+    own, other = mixture.config.without_folders().to_dict(), adapter.config.to_dict()
     differing = sorted(k for k in own if own[k] != other.get(k)) + (["sites"] if adapter.sites != mixture.sites else [])
     if differing:
         raise AdapterError(f"{folder}: holds another mixture than the model; they differ in {', '.join(differing)}")

@@ -6,7 +6,9 @@ when the first biased router is built, finds the routers whose parameters were j
 
 from __future__ import annotations
 
+import itertools
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from molora import processes
 __all__ = ["BiasedRouter", "update_biases"]
 
 _biased: weakref.WeakSet[BiasedRouter] = weakref.WeakSet()
+_numbers = itertools.count()  # processes that build the same model give its routers the same order
 
 
 class BiasedRouter(nn.Module):
@@ -25,6 +28,7 @@ class BiasedRouter(nn.Module):
 
     select_bias: Tensor | None
     load_counts: Tensor | None
+    number = 0
 
     def __init__(self, num_experts: int) -> None:
         super().__init__()
@@ -44,20 +48,30 @@ class BiasedRouter(nn.Module):
         if self.select_bias is not None:
             _watch(self)
 
-    @torch.no_grad()
     def update_bias(self) -> None:
-        """``b += rate * sign(mean(c) - c)`` with c the picks since the last update, summed over all ranks."""
-        if self.select_bias is None or self.load_counts is None:
-            return
-        counts_E = processes.total(self.load_counts)
-        self.select_bias += self.bias_rate * torch.sign(counts_E.mean() - counts_E)
-        self.load_counts.zero_()
+        """``b += rate * sign(mean(c) - c)`` with c the picks since the last update, summed over all processes."""
+        _update([self])
+
+
+@torch.no_grad()
+def _update(routers: Iterable[BiasedRouter]) -> None:
+    """All routers with one collective: their counts lie side by side, in an order that is the same in all processes."""
+    found = [(r, r.select_bias, r.load_counts) for r in routers if r.select_bias is not None]
+    counts = [c for _, _, c in found if c is not None]
+    if not counts:
+        return
+    summed = processes.total(torch.cat(counts)).split([len(c) for c in counts])
+    for (router, bias_E, count_E), c_E in zip(found, summed, strict=True):
+        bias_E += router.bias_rate * torch.sign(c_E.mean() - c_E)
+        assert count_E is not None
+        count_E.zero_()
 
 
 def _watch(router: BiasedRouter) -> None:
     if not _Hook.registered:
         register_optimizer_step_post_hook(_after_step)
         _Hook.registered = True
+    router.number = next(_numbers)
     _biased.add(router)
 
 
@@ -69,13 +83,13 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     if not _biased:
         return
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for router in sorted(_biased, key=id):
-        if any(id(p) in stepped for p in router.parameters()):
-            router.update_bias()
+    _update(
+        router
+        for router in sorted(_biased, key=lambda r: r.number)
+        if any(id(p) in stepped for p in router.parameters())
+    )
 
 
 def update_biases(model: nn.Module) -> None:
     """Update every loss-free bias of ``model`` now; for engines whose optimizer steps flattened copies."""
-    for module in model.modules():
-        if isinstance(module, BiasedRouter):
-            module.update_bias()
+    _update(m for m in model.modules() if isinstance(m, BiasedRouter))

@@ -78,7 +78,7 @@ class WholeCheckpoints(transformers.Trainer):
 
     def _run(self) -> dict[str, Any]:
         """What a run must have in common with this one to go on from its checkpoint."""
-        config = json.dumps(self.model._molora.config.replace(adapters=(), init_from="").to_dict(), sort_keys=True)
+        config = json.dumps(self.model._molora.config.without_folders().to_dict(), sort_keys=True)
         stage = self._deepspeed_config().get("zero_optimization", {}).get("stage", 0)
         return {
             "mixture": f"{self.model._molora.config.recipe} {hashlib.sha256(config.encode()).hexdigest()[:12]}",

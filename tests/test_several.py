@@ -1,0 +1,88 @@
+"""Two processes train what one trains: every recipe, under DDP and ZeRO 1, 2 and 3, on losses, weights and routing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import several, tiny
+from tests.conftest import close
+from tests.several import ENGINES, KEYS, VARIANTS
+
+pytestmark = pytest.mark.dist
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 600  # seconds
+
+
+def launch(folder: Path, *arguments: str, processes: int = 2, module: str = "tests.several") -> str:
+    """Start ``module`` in several processes and return what they printed; they are judged by the files they leave."""
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED"):
+        environment.pop(name, None)
+    # Port 0 in the address: the processes' own store finds a free one.
+    torchrun = ["torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d"]
+    command = [sys.executable, "-m", *torchrun, "--rdzv_endpoint", "localhost:0", "-m", module, str(folder), *arguments]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
+    )
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "printed").write_text(launch(folder))
+    return folder
+
+
+_one: dict[tuple[str, str, int], dict[str, Any]] = {}
+
+
+def one(recipe: str, variant: str, micro: int, folder: Path) -> dict[str, Any]:
+    """One process with all eight rows of a step, in micro-batches of ``micro``."""
+    if (recipe, variant, micro) not in _one:
+        sizes = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": several.ROWS // micro}
+        _one[recipe, variant, micro] = several.train(recipe, variant, folder, **sizes)[1]
+    return _one[recipe, variant, micro]
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Losses, balance losses, statistics of the routing, and every trained tensor."""
+    for key in KEYS:
+        assert a["logged"][key].shape == b["logged"][key].shape, key
+        close(a["logged"][key], b["logged"][key], "additive")
+    assert a["state"].keys() == b["state"].keys()
+    for name, t in a["state"].items():
+        close(t, b["state"][name], "additive")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("recipe", tiny.RECIPES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_processes_are_one(engine: str, recipe: str, variant: str, two: Path, tmp_path: Path) -> None:
+    path = two / f"{engine}-{recipe}-{variant}.pt"
+    assert path.exists(), (two / "printed").read_text()[-3000:]
+    both = torch.load(path)
+    assert "error" not in both, both["error"]
+    assert both["engine"] == ("DistributedDataParallel" if engine == "ddp" else f"DeepSpeedEngine {engine[-1]}")
+    assert both["logged"]["loss"].numel() == 3
+    same(both, one(recipe, variant, several.ROWS, tmp_path))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("recipe", tiny.RECIPES)
+def test_one_process_that_accumulates_is_one(recipe: str, variant: str, tmp_path: Path) -> None:
+    same(one(recipe, variant, several.ROWS // 2, tmp_path), one(recipe, variant, several.ROWS, tmp_path))
+
+
+@pytest.mark.parametrize("recipe", ["mixlora", "mola", "smora", "llava_mole", "meteora"])
+def test_the_processes_really_used_different_experts(recipe: str, two: Path) -> None:
+    first, second = torch.load(two / f"ddp-{recipe}-apart.pt", weights_only=False)["used"]
+    assert first.keys() == second.keys()
+    assert sum(first[s] != second[s] for s in first) >= len(first) / 2
