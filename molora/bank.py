@@ -75,6 +75,12 @@ class ExpertBank(nn.Module):
         parameters: Any = self._parameters  # a look-up through the module costs as much as a gate of one token
         return parameters["lora_A"], parameters["lora_B"], self.layout
 
+    @property
+    def in_pieces(self) -> bool:
+        """Whether an engine shards the parameters (ZeRO-3, FSDP): they are whole only while their own linear runs."""
+        A: Any = self._parameters["lora_A"]
+        return type(A) is not nn.Parameter or hasattr(A, "ds_id")
+
     def reset_parameters(self, generator: torch.Generator, init: str) -> None:
         """Draw A, and B for ``init="random"`` (else zero), from ``generator`` alone.
 

@@ -57,7 +57,7 @@ class FFNUp(MixtureLinear):
         if self.router is None or self.bank is None:
             return units.get(self.site.block)
         dropout = self.placement.lora_dropout and self.training  # the down experts' mask differs from slot to slot
-        unit = None if dropout else unit_for(self.kernel, x_TD, self.bank.layout)
+        unit = None if dropout or self.bank.in_pieces else unit_for(self.kernel, x_TD, self.bank.layout)
         if unit is None:
             units.pop(self.site.block, None)
         else:

@@ -21,7 +21,7 @@ from tests.several import deepspeed_config, whole_state
 from tests.training_runs import build, logged, run
 
 STEPS, CUT = 6, 3
-ENGINES = ("ddp", "zero1", "zero2", "zero3")
+ENGINES = ("ddp", "zero2", "zero3")
 DROPOUT = {"lora_dropout": 0.1}  # so that the random state counts
 
 
@@ -37,7 +37,7 @@ def arguments(engine: str, **more: Any) -> dict[str, Any]:
     return {**sizes, **config, **more}
 
 
-class Cut(Exception):
+class CutError(Exception):
     """The power went."""
 
 
@@ -48,7 +48,7 @@ def stop_after(step: int) -> Any:
     class Stop(TrainerCallback):
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == step:
-                raise Cut
+                raise CutError
 
     return Stop()
 
@@ -64,8 +64,8 @@ def begin(engine: str, recipe: str, folder: Path) -> dict[str, Any]:
     half.add_callback(stop_after(CUT))
     try:
         half.train()
-    except Cut:
-        return result
+    except CutError:
+        return {**result, "half": whole_state(half)}
     raise AssertionError("it was not cut")
 
 

@@ -17,7 +17,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, distributed
 
-from molora.training import Trainer, sharded
+from molora.training import sharded
 from tests import tiny
 from tests.training_runs import SMOOTH, build, data, logged, trainer
 

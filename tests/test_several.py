@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +10,16 @@ import torch
 
 from tests import several, tiny
 from tests.conftest import close
+from tests.launches import launch
 from tests.several import ENGINES, KEYS, VARIANTS
 
 pytestmark = pytest.mark.dist
-ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 600  # seconds
-
-
-def launch(folder: Path, *arguments: str, processes: int = 2, module: str = "tests.several") -> str:
-    """Start ``module`` in several processes and return what they printed; they are judged by the files they leave."""
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    for name in ("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED"):
-        environment.pop(name, None)
-    # Port 0 in the address: the processes' own store finds a free one.
-    torchrun = ["torch.distributed.run", "--nproc_per_node", str(processes), "--rdzv_backend", "c10d"]
-    command = [sys.executable, "-m", *torchrun, "--rdzv_endpoint", "localhost:0", "-m", module, str(folder), *arguments]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
-    )
-    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    (folder / "printed").write_text(launch(folder))
+    (folder / "printed").write_text(launch("tests.several", folder))
     return folder
 
 
