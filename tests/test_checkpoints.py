@@ -22,7 +22,7 @@ from molora.training import checkpoints, find_newest
 from tests import tiny
 from tests.behaviours import assert_same
 from tests.folders import contents
-from tests.training_runs import build, data, logged, run, state, trainer
+from tests.training_runs import build, logged, run, state, trainer
 
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
 
@@ -121,7 +121,6 @@ def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path: Path) -> No
     model = build("mixlora")
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "eval_strategy": "steps", "eval_steps": 1}
     it = trainer(model, tmp_path, **SAVING, **best, learning_rate=2.0, save_total_limit=1)
-    it.eval_dataset = data(model)
     it.train()
     losses = logged(it, "eval_loss")
     step = int(losses.argmin()) + 1

@@ -48,7 +48,7 @@ def data(model: Any) -> list[dict[str, Any]]:
 
 def trainer(model: Any, folder: Path, own: Any = Trainer, **arguments: Any) -> Any:
     settings = TrainingArguments(**{"output_dir": str(folder), **SETTINGS, **arguments})
-    return own(model, settings, train_dataset=data(model))
+    return own(model, settings, train_dataset=data(model), eval_dataset=data(model))
 
 
 def run(model: Any, folder: Path, own: Any = Trainer, resume: Any = None, **arguments: Any) -> Any:
