@@ -1,12 +1,14 @@
 """Training that is cut in two, as a program: ``begin`` trains six steps, and three; ``go on`` does the other three.
 
-Started once for each half, alone or by torchrun, so that the second half runs in new processes.
+Started once for each half, alone or by torchrun, so that the second half runs in new processes. ``alone`` goes on in
+one process with what two have left, by DeepSpeed's universal format.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -22,7 +24,12 @@ from tests.training_runs import build, logged, run
 
 STEPS, CUT = 6, 3
 ENGINES = ("ddp", "zero2", "zero3")
-DROPOUT = {"lora_dropout": 0.1}  # so that the random state counts
+UNIVERSAL = (("zero2", "mixlora"), ("zero3", "mixlora"))
+
+
+def options(engine: str, recipe: str) -> dict[str, Any]:
+    """Dropout, so that the random state counts; not where another number of processes goes on, with other masks."""
+    return {} if (engine, recipe) in UNIVERSAL else {"lora_dropout": 0.1}
 
 
 def cases(alone: bool) -> list[tuple[str, str]]:
@@ -57,10 +64,14 @@ def begin(engine: str, recipe: str, folder: Path) -> dict[str, Any]:
     """The run without interruption, and the first half of the other."""
     from tests.training_runs import trainer
 
-    whole = run(build(recipe, **DROPOUT), folder / "whole", **arguments(engine))
+    whole = run(build(recipe, **options(engine, recipe)), folder / "whole", **arguments(engine))
     result = {"loss": logged(whole, "loss"), "state": whole_state(whole)}
     reset()
-    half = trainer(build(recipe, **DROPOUT), folder / "cut", **arguments(engine, save_strategy="steps", save_steps=CUT))
+    half = trainer(
+        build(recipe, **options(engine, recipe)),
+        folder / "cut",
+        **arguments(engine, save_strategy="steps", save_steps=CUT),
+    )
     half.add_callback(stop_after(CUT))
     try:
         half.train()
@@ -72,13 +83,27 @@ def begin(engine: str, recipe: str, folder: Path) -> dict[str, Any]:
 def go_on(engine: str, recipe: str, folder: Path) -> dict[str, Any]:
     """The second half, from the newest checkpoint."""
     torch.manual_seed(12345)  # whatever random state this process has, the checkpoint's counts
-    it = run(build(recipe, **DROPOUT), folder / "cut", resume=True, **arguments(engine))
+    it = run(build(recipe, **options(engine, recipe)), folder / "cut", resume=True, **arguments(engine))
     return {"loss": logged(it, "loss"), "state": whole_state(it)}
+
+
+def go_on_alone(engine: str, recipe: str, folder: Path) -> dict[str, Any]:
+    """One process goes on with what two have left, converted as DeepSpeed's own tool does it."""
+    left = folder / "cut" / f"checkpoint-{CUT}"
+    tool = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--num_extract_workers", "1"]
+    names = ["--input_folder", left / f"global_step{CUT}", "--output_folder", left / f"global_step{CUT}_universal"]
+    subprocess.run([*tool, "--num_merge_workers", "1", *map(str, names)], check=True, timeout=120, capture_output=True)
+    universal = deepspeed_config(int(engine[-1])) | {"checkpoint": {"load_universal": True}}
+    it = run(build(recipe), folder / "cut", resume=True, **arguments("", deepspeed=universal))
+    return {"loss": logged(it, "loss"), "state": whole_state(it), "processes": distributed.get_world_size()}
 
 
 def reset() -> None:
     """accelerate keeps one state a process; every run here has its own."""
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+HALVES = {"begin": begin, "go on": go_on, "alone": go_on_alone}
 
 
 def main(half: str, folder: Path) -> None:
@@ -87,11 +112,11 @@ def main(half: str, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     alone = "RANK" not in os.environ
-    for engine, recipe in cases(alone):
+    for engine, recipe in UNIVERSAL if half == "alone" else cases(alone):
         reset()
         place = folder / f"{engine or 'alone'}-{recipe}"
         try:
-            result = (begin if half == "begin" else go_on)(engine, recipe, place)
+            result = HALVES[half](engine, recipe, place)
         except Exception:
             result = {"error": traceback.format_exc()}
         if alone or os.environ["RANK"] == "0":

@@ -77,6 +77,22 @@ def test_checkpoints_hold_the_adapter_and_load_in_a_plain_process(engine: str, t
 
 
 @pytest.fixture(scope="module")
+def universal(two: Path) -> Path:
+    (two / "printed").write_text(launch("tests.resuming", "alone", two, processes=1))
+    return two
+
+
+@pytest.mark.parametrize("engine", [e for e, _ in resuming.UNIVERSAL])
+def test_one_process_goes_on_with_the_universal_checkpoint_of_two(engine: str, universal: Path) -> None:
+    """Weights and AdamW's moments arrive: the losses, and every weight, are those of two processes without a cut."""
+    whole, alone = read(universal, f"{engine}-mixlora", "begin"), read(universal, f"{engine}-mixlora", "alone")
+    assert alone["processes"] == 1
+    close(alone["loss"], whole["loss"], "additive")
+    for name, t in whole["state"].items():
+        close(alone["state"][name], t, "additive")
+
+
+@pytest.fixture(scope="module")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("crashes")
     printed = launch("tests.checkpoint_crashes", folder, str(KILLS), processes=0)
