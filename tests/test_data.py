@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molora.data import IGNORED, Collator, Example, Record, apart, deduplicated, encode, read_jsonl, split
+from molora.data import IGNORED, Collator, Example, Record, apart, deduplicated, encode, split
 from molora.errors import ConfigError
+from molora.sources import read_jsonl
 from molora.training.mixing import mix
 from tests.tiny_text import jsonl, tokenizer
 
