@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 __all__ = ["GroupedByLength", "grouped_by_length"]
 
 
-class GroupedByLength(LengthGroupedSampler):  # type: ignore[misc]  # transformers' class carries no types
+class GroupedByLength(LengthGroupedSampler):
     """transformers' rows of like length together, drawn from a seed and the epoch.
 
     Theirs draws from the global random state, which a run that resumes within a later epoch does not have then.
@@ -27,8 +27,8 @@ class GroupedByLength(LengthGroupedSampler):  # type: ignore[misc]  # transforme
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        yield from super().__iter__()
+        g = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from get_length_grouped_indices(self.lengths, self.batch_size, generator=g)
         self.epoch += 1
 
 

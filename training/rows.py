@@ -83,9 +83,9 @@ def prepare_data(
     """
     if arguments.packing and task != CAUSAL:
         raise ConfigError(f"packing: got model_task {task}, expected {CAUSAL}: other rows cannot share one")
-    sides = _sides(arguments, seed, NEEDS[task])
-    everything = [r for learn, held in sides.values() for r in (*learn, *held)]
-    labels = _classes(everything, known) if task == CLASSES else {}
+    read = _read(arguments, NEEDS[task])
+    labels = _classes([r for own in read.values() for side in own for r in side], known) if task == CLASSES else {}
+    sides = {name: _sides(name, own, arguments.heldout, seed) for name, own in read.items()}
     coded = _coder(task, encoder, arguments.max_length, labels)
     train: dict[str, list[Example]] = {}
     heldout: dict[str, list[Example]] = {}
@@ -114,19 +114,26 @@ def prepare_data(
     )
 
 
-def _sides(arguments: DataArguments, seed: int, needs: Sequence[str]) -> dict[str, tuple[list[Record], list[Record]]]:
-    """Training and held-out records of each domain; what is wrong with any of them, all at once."""
-    sides, faults = dict[str, tuple[list[Record], list[Record]]](), list[str]()
+def _read(arguments: DataArguments, needs: Sequence[str]) -> dict[str, list[list[Record]]]:
+    """Each domain's records, and those of its held-out source if it has one; all bad files are named at once."""
+    read, faults = dict[str, list[list[Record]]](), list[str]()
     for name, value in arguments.domains.items():
-        own = arguments.heldout_domains.get(name)
+        sources = [value, *(v for n, v in arguments.heldout_domains.items() if n == name)]
         try:
-            records = domain_records(value, needs)
-            sides[name] = apart(records, domain_records(own, needs)) if own else split(records, arguments.heldout, seed)
+            read[name] = [domain_records(v, needs) for v in sources]
         except ConfigError as e:
             faults.append(f"domain {name!r}: {e}")
     if faults:
         raise ConfigError("\n".join(faults))
-    return sides
+    return read
+
+
+def _sides(name: str, read: list[list[Record]], heldout: float, seed: int) -> tuple[list[Record], list[Record]]:
+    records, *own = read
+    try:
+        return apart(records, own[0]) if own else split(records, heldout, seed)
+    except ConfigError as e:
+        raise ConfigError(f"domain {name!r}: {e}") from e
 
 
 def _coder(
