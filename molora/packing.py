@@ -16,7 +16,9 @@ from molora.errors import ConfigError
 __all__ = ["check_packing", "pack"]
 
 OPEN = 32  # rows that wait for a text that still fits; more fill a little better and mix the order up further
-ROUNDING = {torch.float32: 1e-3, torch.float64: 1e-6}  # of logits, relative root mean square; 16-bit types: 5e-2
+# Relative error of a token's logits, the median over tokens. SmolLM2-135M in bfloat16: 0.005 to 0.02 (single tokens: up
+# to 0.6); GPT-2 with wrong positions: above 0.6.
+ROUNDING, ROUNDING_HALF = 1e-3, 0.1
 PROBE = (7, 9)  # tokens of the two texts that are tried
 
 
@@ -74,8 +76,8 @@ def check_packing(model: Any, config: MoloraConfig) -> None:
     except (TypeError, ValueError, RuntimeError, IndexError) as e:
         raise ConfigError(f"packing: {name} cannot run a packed row: {e}; set packing: false") from e
     # Masked tokens have a weight of exactly 0, so what they are changes no bit; another shape may change roundings.
-    off = (packed - alone).norm() / alone.norm()
-    if not torch.equal(packed, changed) or off > ROUNDING.get(model.dtype, 5e-2):
+    off = ((packed - alone).norm(dim=-1) / alone.norm(dim=-1)).median()
+    if not torch.equal(packed, changed) or off > (ROUNDING if model.dtype.itemsize >= 4 else ROUNDING_HALF):
         raise ConfigError(
             f"packing: {name} does not keep the texts of a packed row apart (transformers takes the borders from "
             "position_ids, which this model does not use for them); set packing: false"

@@ -42,6 +42,7 @@ def read_source(source: Source, needs: Collection[str] = ()) -> list[Record]:
     if not path.is_dir():
         return _file(path, source.columns, needs)
     files = sorted(f for f in path.rglob("*") if f.name.endswith(ENDINGS) and f.is_file())
+    files = [f for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)]  # hidden copies
     if not files:
         raise ConfigError(f"{path} holds no file that ends with {', '.join(ENDINGS)}")
     return [r for f in files for r in _file(f, source.columns, needs)]

@@ -122,6 +122,14 @@ def test_near_copies_are_dropped() -> None:
     assert deduplicated(records) == [records[0], records[2]]
 
 
+def test_other_images_and_labels_are_no_copies() -> None:
+    asked = chat("which?", "this").messages
+    about = [Record(messages=asked, image=i, group=str(i)) for i in ("a.png", "b.png", b"a", "a.png")]
+    assert {r.image for r in deduplicated(about)} == {"a.png", "b.png", b"a"}
+    labelled = [Record(text="x", label=v) for v in ("up", "down", "up")]
+    assert sorted(r.label for r in deduplicated(labelled)) == ["down", "up"]
+
+
 def test_nothing_left_to_train_on() -> None:
     with pytest.raises(ConfigError, match="1 distinct records in 1 groups"):
         split([Record(text="x")] * 5, 1, 0)

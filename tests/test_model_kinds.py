@@ -105,6 +105,16 @@ def test_a_new_head_trains_is_saved_and_comes_back(base: str, llama: Path, tmp_p
         assert torch.equal(loaded(**batch).logits, trained.model.eval()(**batch).logits)
 
 
+def test_the_seed_draws_the_new_head(llama: Path, tmp_path: Path) -> None:
+    def first(seed: int) -> float:
+        run = train(
+            tmp_path, llama, moods(tmp_path), model_task="sequence-classification", max_steps=1, seed=seed, data_seed=0
+        )
+        return float(run.log[0]["loss"])
+
+    assert first(0) == first(0) != first(1)
+
+
 def test_a_head_that_is_there_keeps_its_classes_and_stays(bert: Path, tmp_path: Path) -> None:
     trained = train(tmp_path, bert, moods(tmp_path), max_steps=1)
     assert trained.data.labels == ("down", "flat", "up")

@@ -134,9 +134,17 @@ def test_an_expert_with_room_for_some_tokens_of_a_row_is_refused() -> None:
         check_packing(base_model("llama"), molora.recipes.mixlora(routing="switch"))
 
 
-def test_positions_that_are_ignored_are_noticed() -> None:
+def test_a_glance_below_rounding_is_noticed() -> None:
+    model = copy.deepcopy(base_model("llama"))
+    model.model.norm.register_forward_hook(lambda _, __, out: out + 1e-5 * out.roll(1, 1))
+    with pytest.raises(ConfigError, match="does not keep"):
+        check_packing(model, LORA)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_positions_that_are_ignored_are_noticed(dtype: torch.dtype) -> None:
     """Masked right, but the second text would be computed as if it stood further along."""
-    model = copy.deepcopy(base_model("gpt2"))
+    model = copy.deepcopy(base_model("gpt2")).to(dtype)
     inner = model.transformer.wpe
     inner.register_forward_pre_hook(lambda _, a: (torch.arange(a[0].shape[-1]).unsqueeze(0),))
     with pytest.raises(ConfigError, match="does not keep"):

@@ -62,6 +62,7 @@ def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
     (tmp_path / "f" / "b" / "x.txt").write_text("second")
     table(tmp_path / "f" / "a.parquet", [{"text": "first"}])
     (tmp_path / "f" / "notes.md").write_text("no data")
+    (tmp_path / "f" / ".old.txt").write_text("hidden")
     assert [r.text for r in read(str(tmp_path / "f"))] == ["first", "second", "third"]
 
 

@@ -66,7 +66,7 @@ class DataArguments:
         {}, "For recipes with a supervised loss: domain to adapter; a domain with an adapter's name needs none."
     )
     weights: dict[str, float] = _field({}, "Name to share of the training rows; 1 when not given.")
-    max_length: int = _field(128, "Tokens in a row; longer texts become several rows.")
+    max_length: int = _field(128, "Tokens in a row; longer texts become several rows (a classifier's are cut).")
     packing: bool = _field(
         False,
         "Put several short texts into a row of max_length tokens, each as if alone. A batch is laid end to end, "
