@@ -134,6 +134,15 @@ def test_an_expert_with_room_for_some_tokens_of_a_row_is_refused() -> None:
         check_packing(base_model("llama"), molora.recipes.mixlora(routing="switch"))
 
 
+def test_a_model_that_cannot_be_asked_is_refused() -> None:
+    with pytest.raises(ConfigError, match="packing: T5ForConditionalGeneration cannot run a packed row"):
+        check_packing(base_model("t5"), LORA)
+    model = base_model("llama")
+    next(model.parameters()).ds_id = 0  # as ZeRO-3 marks what it took apart
+    with pytest.raises(ConfigError, match="which ZeRO-3 took apart already"):
+        check_packing(model, LORA)
+
+
 def test_a_glance_below_rounding_is_noticed() -> None:
     model = copy.deepcopy(base_model("llama"))
     model.model.norm.register_forward_hook(lambda _, __, out: out + 1e-5 * out.roll(1, 1))
