@@ -56,11 +56,11 @@ def test_rows_depend_on_arguments_alone(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("strategy", ["random", "group_by_length", "sequential"])
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
 def test_a_resumed_run_sees_what_the_other_would_have_seen(tmp_path: Path, strategy: str) -> None:
     whole = seen(tmp_path, "whole", strategy)
     assert len(whole) == 2 * STEPS
-    assert (whole[:STEPS] == whole[STEPS:]) == (strategy == "sequential")
+    assert whole[:STEPS] != whole[STEPS:]
     for step in (3, 15):  # in the first epoch, and in the middle of the second
         rest = seen(tmp_path, "again", strategy, resume=str(tmp_path / f"whole/checkpoint-{step}"))
         assert rest == whole[step:]
