@@ -7,25 +7,25 @@ from typing import Any
 
 from rich.table import Table
 
-from molora.data import IGNORED, Example, Record
+from molora.data import Example, Record, learned
+from molora.records import source
 
 __all__ = ["data_table", "result_table", "verdicts"]
 
 
 def data_table(
-    sources: Mapping[str, str],
+    sources: Mapping[str, Any],
     train_records: Mapping[str, int],
     heldout_records: Mapping[str, Sequence[Record]],
     heldout: Mapping[str, Sequence[Example]],
 ) -> Table:
     """What each domain is made of; all arguments by domain."""
     table = Table("domain", "source", title="Domains", title_justify="left")
-    for column in ("to train on", "held out", "its tokens"):
+    for column in ("to train on", "held out", "its labels"):
         table.add_column(column, justify="right")
-    for name, source in sources.items():
-        learned = sum(label != IGNORED for row in heldout[name] for label in row["labels"][1:])
-        numbers = (train_records[name], len(heldout_records[name]), learned)
-        table.add_row(name, source, *(f"{n:,}" for n in numbers))
+    for name, value in sources.items():
+        numbers = (train_records[name], len(heldout_records[name]), sum(map(learned, heldout[name])))
+        table.add_row(name, source(value).path, *(f"{n:,}" for n in numbers))
     return table
 
 

@@ -1,121 +1,57 @@
-"""Domain files: one JSONL file a domain; read, split without leaks, tokenised with the prompt masked, batched.
-
-A line is ``{"text": "..."}`` or ``{"messages": [{"role": "user", "content": "..."}, ..., {"role": "assistant", ..}]}``.
-An optional ``"group"`` names what must stay on one side of the split (a document, a problem). Other keys are ignored.
-"""
+"""Records of a domain: split without leaks, tokenised with the prompt masked, batched."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, TypedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
 
 from molora.errors import ConfigError
+from molora.records import Record
 
-__all__ = ["IGNORED", "Collator", "Example", "Record", "apart", "deduplicated", "encode", "read_jsonl", "split"]
+__all__ = [
+    "IGNORED",
+    "Collator",
+    "Example",
+    "Record",
+    "answer_ids",
+    "apart",
+    "deduplicated",
+    "encode",
+    "encode_class",
+    "learned",
+    "split",
+    "turns",
+]
 
 IGNORED = -100  # a label that torch's cross-entropy leaves out
 SHORTEST_WINDOW = 16  # tokens; a shorter rest of a long text is dropped
-ROLES = ("system", "user", "assistant", "tool")
-BAD_LINES_SHOWN = 5
 
 
 class Example(TypedDict):
-    """One training row: token ids and labels of the same length, ``IGNORED`` where no loss is wanted."""
+    """One training row: token ids and labels of the same length, ``IGNORED`` where no loss is wanted.
+
+    A classifier's row has a ``label`` instead, and empty ``labels``. ``task_ids``: the expert that a supervised router
+    should choose, for the row, or for each token of a packed row, whose ``position_ids`` start again with each text.
+    ``record``: where an image comes from, which is read when the row is used.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    label: NotRequired[int]
+    domain: NotRequired[str]
+    task_ids: NotRequired[int | list[int]]
+    position_ids: NotRequired[list[int]]
+    record: NotRequired[Record]
 
 
-@dataclass(frozen=True)
-class Record:
-    """One line of a domain file: plain text, or a conversation that ends with the assistant.
-
-    ``group``: what must not be split apart. ``task``: which scorer judges an answer, empty for equality;
-    ``entry``: what that scorer needs.
-    """
-
-    text: str = ""
-    messages: tuple[Mapping[str, str], ...] = ()
-    group: str = ""
-    task: str = ""
-    entry: Mapping[str, Any] = field(default_factory=dict, compare=False)
-
-    @property
-    def prompt(self) -> tuple[Mapping[str, str], ...]:
-        """The conversation up to the last answer."""
-        return self.messages[:-1]
-
-    @property
-    def answer(self) -> str:
-        """The last answer of a conversation, empty for plain text."""
-        return self.messages[-1]["content"] if self.messages else ""
-
-
-def read_jsonl(path: Path | str) -> list[Record]:
-    """Read one domain file.
-
-    Raises:
-        ConfigError: file missing, unreadable or empty; or, for the first bad lines, file, line number and fault.
-    """
-    path = Path(path)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else "does not exist"
-        raise ConfigError(f"{path} {what}; expected a JSONL file with a 'text' or 'messages' entry on every line")
-    records, faults = [], []
-    for number, line in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
-        if line.strip():
-            try:
-                records.append(_record(json.loads(line)))
-            except ValueError as e:
-                faults.append(f"{path}:{number}: {_fault(e)}")
-    if faults:
-        more = f"\n... and {len(faults) - BAD_LINES_SHOWN} more lines" if len(faults) > BAD_LINES_SHOWN else ""
-        raise ConfigError("\n".join(faults[:BAD_LINES_SHOWN]) + more)
-    if not records:
-        raise ConfigError(f"{path} has no records; expected one JSON object a line")
-    return records
-
-
-def _fault(error: ValueError) -> str:
-    if isinstance(error, UnicodeDecodeError):
-        return "not UTF-8 text"
-    if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg} at column {error.colno}"
-    return str(error)
-
-
-def _record(line: Any) -> Record:
-    if not isinstance(line, dict):
-        raise ValueError(f"got a JSON {type(line).__name__}, expected an object with 'text' or 'messages'")
-    if ("text" in line) == ("messages" in line):
-        found = ", ".join(map(repr, list(line)[:8])) or "no entries"
-        raise ValueError(f"got {found}, expected exactly one of 'text' and 'messages'")
-    group = line.get("group", "")
-    if not isinstance(group, str | int):
-        raise ValueError(f"'group': got {type(group).__name__}, expected a string")
-    if "messages" in line:
-        return Record(messages=_messages(line["messages"]), group=str(group))
-    if not isinstance(line["text"], str) or not line["text"].strip():
-        raise ValueError(f"'text': got {line['text']!r}, expected a non-empty string")
-    return Record(text=line["text"], group=str(group))
-
-
-def _messages(value: Any) -> tuple[dict[str, str], ...]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"'messages': got {value!r}, expected a non-empty list")
-    for i, m in enumerate(value):
-        if not isinstance(m, dict) or m.get("role") not in ROLES or not isinstance(m.get("content"), str):
-            raise ValueError(f"'messages'[{i}]: got {m!r}, expected 'role' ({', '.join(ROLES)}) and 'content' as text")
-    if value[-1]["role"] != "assistant" or not value[-1]["content"].strip():
-        raise ValueError("'messages': the last one must be a non-empty answer of the assistant, it is what is learned")
-    return tuple({"role": m["role"], "content": m["content"]} for m in value)
+def learned(row: Example) -> int:
+    """How many labels a row has: the tokens that are predicted, or the one class."""
+    return 1 if "label" in row else sum(label != IGNORED for label in row["labels"][1:])
 
 
 def _plain(record: Record, prompt_only: bool = False) -> str:
@@ -131,7 +67,7 @@ def _group(record: Record) -> str:
 
 def deduplicated(records: Iterable[Record]) -> list[Record]:
     """The first of each set of records that differ at most in case and spacing, in the given order."""
-    return list({_plain(r): r for r in reversed(list(records))}.values())[::-1]
+    return list({(_plain(r), r.label, r.image): r for r in reversed(list(records))}.values())[::-1]
 
 
 def split(records: Sequence[Record], heldout: float | int, seed: int) -> tuple[list[Record], list[Record]]:
@@ -192,54 +128,105 @@ def encode(record: Record, tokenizer: Any, max_length: int) -> list[Example]:
         )
         starts = [i for i in range(0, len(ids), max_length) if i == 0 or len(ids) - i >= SHORTEST_WINDOW]
         rows = [Example(input_ids=ids[i : i + max_length], labels=ids[i : i + max_length]) for i in starts]
-    return [row for row in rows if any(label != IGNORED for label in row["labels"][1:])]
+    return [row for row in rows if learned(row)]
 
 
-def _conversation(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> tuple[list[int], list[int]]:
-    if not getattr(tokenizer, "chat_template", None):
+def encode_class(record: Record, tokenizer: Any, max_length: int, label: int) -> Example:
+    """One row of a classifier: the text, cut at ``max_length`` tokens, and its class."""
+    ids = tokenizer(record.text, truncation=True, max_length=max_length, verbose=False).input_ids
+    return Example(input_ids=list(ids), labels=[], label=label)
+
+
+def turns(messages: Sequence[Mapping[str, Any]], template: Any) -> Iterator[tuple[str, str]]:
+    """The conversation as text, in pairs: what stands before an answer of the assistant, and the answer.
+
+    ``template``: a tokenizer or processor with a chat template.
+
+    Raises:
+        ConfigError: no template, or one that rewrites what it wrote.
+    """
+    if not getattr(template, "chat_template", None):
         raise ConfigError(
             "the tokenizer has no chat template, so 'messages' cannot be written as text; use an instruction-tuned "
             "model, or 'text' records"
         )
-    turns = [dict(m) for m in messages]
-    ids: list[int] = []
-    labels: list[int] = []
+    said = [dict(m) for m in messages]
     written = ""
-    for i in (i for i, m in enumerate(turns) if m["role"] == "assistant"):
-        prompt = tokenizer.apply_chat_template(turns[:i], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(turns[: i + 1], tokenize=False)
+    for i in (i for i, m in enumerate(said) if m["role"] == "assistant"):
+        prompt = template.apply_chat_template(said[:i], tokenize=False, add_generation_prompt=True)
+        whole = template.apply_chat_template(said[: i + 1], tokenize=False)
         if not (prompt.startswith(written) and whole.startswith(prompt)):
             raise ConfigError(
                 "the chat template rewrites earlier turns when a later one is added, so the answers cannot be told "
                 f"from the prompt; got {whole!r} after {prompt!r}; use conversations of one question and one answer"
             )
-        asked = tokenizer(prompt[len(written) :], add_special_tokens=False).input_ids
-        said = tokenizer(whole[len(prompt) :], add_special_tokens=False).input_ids
-        end = said.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in said else len(said)
-        ids += asked + said
-        labels += [IGNORED] * len(asked) + said[:end] + [IGNORED] * (len(said) - end)
+        yield prompt[len(written) :], whole[len(prompt) :]
         written = whole
+
+
+def _conversation(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> tuple[list[int], list[int]]:
+    ids: list[int] = []
+    labels: list[int] = []
+    for before, answer in turns(messages, tokenizer):
+        asked = tokenizer(before, add_special_tokens=False).input_ids
+        said, wanted = answer_ids(answer, tokenizer)
+        ids += asked + said
+        labels += [IGNORED] * len(asked) + wanted
     return ids, labels
+
+
+def answer_ids(answer: str, tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Token ids of an answer, and its labels: up to the end token."""
+    said = list(tokenizer(answer, add_special_tokens=False).input_ids)
+    end = said.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in said else len(said)
+    return said, said[:end] + [IGNORED] * (len(said) - end)
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Rows to a padded batch: ``input_ids``, ``attention_mask`` and ``labels``, each (B, S) int64, padded on the right.
+    """Rows to a batch of ``input_ids``, ``attention_mask`` and ``labels``, each (B, S) int64, padded on the right.
 
-    The mask comes from the rows' lengths, so a padding token that is also the end token is handled.
+    The mask comes from the rows' lengths, so a padding token that is also the end token is handled. ``labels`` and
+    ``task_ids`` that belong to a whole row are (B,). Tensors of images are laid one after the other. Packed rows
+    become one row, (1, S) with ``position_ids``: without padding, and without a mask, since transformers takes the
+    borders from the positions only then.
     """
 
     pad_token_id: int = 0
 
-    def __call__(self, rows: Sequence[Example]) -> dict[str, Tensor]:
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Pad to the longest row."""
-        length = max(len(row["input_ids"]) for row in rows)
+        if "position_ids" in rows[0]:
+            keys = [k for k in ("input_ids", "labels", "position_ids", "task_ids") if k in rows[0]]
+            return {k: torch.tensor([[value for row in rows for value in row[k]]]) for k in keys}
+        lengths = [len(row["input_ids"]) for row in rows]
 
         def padded(values: Iterable[list[int]], fill: int) -> Tensor:
-            return torch.tensor([v + [fill] * (length - len(v)) for v in values])
+            return torch.tensor([v + [fill] * (max(lengths) - len(v)) for v in values])
 
-        return {
+        labels = torch.tensor([row["label"] for row in rows]) if "label" in rows[0] else None
+        out = {
             "input_ids": padded((row["input_ids"] for row in rows), self.pad_token_id),
-            "attention_mask": padded(([1] * len(row["input_ids"]) for row in rows), 0),
-            "labels": padded((row["labels"] for row in rows), IGNORED),
+            "attention_mask": padded(([1] * n for n in lengths), 0),
+            "labels": padded((row["labels"] for row in rows), IGNORED) if labels is None else labels,
         }
+        if "task_ids" in rows[0]:
+            out["task_ids"] = torch.tensor([row["task_ids"] for row in rows])
+        for key in dict.fromkeys(k for row in rows for k in row if k not in Example.__annotations__):
+            values = [row.get(key) for row in rows]
+            if any(isinstance(v, list) for v in values):
+                out[key] = padded((v or [] for v in values), 0)
+            else:
+                out[key] = _stacked(key, [v for v in values if isinstance(v, Tensor)])
+        return out
+
+
+def _stacked(key: str, values: list[Tensor]) -> Tensor:
+    try:
+        return torch.cat(values)
+    except RuntimeError as e:
+        shapes = ", ".join(sorted({str(tuple(v.shape)) for v in values}))
+        raise ConfigError(
+            f"images of one batch become {key!r} of shapes {shapes}, which cannot be one tensor; use "
+            "per_device_train_batch_size 1, or images of one size"
+        ) from e

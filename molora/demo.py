@@ -19,7 +19,6 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedModel
 
-from molora.convert import convert
 from molora.data import Record, encode
 from molora.errors import CheckpointError, ConfigError
 from molora.eval.answer import fresh_answers, peak_gb
@@ -32,7 +31,9 @@ from molora.training.arguments import Arguments, read_arguments
 from molora.training.demo_data import score_answer
 from molora.training.demo_model import model_folder
 from molora.training.match import matched
-from molora.training.train import Data, load_base, load_tokenizer, prepare_data, recipe_config, train
+from molora.training.models import CAUSAL, task_of
+from molora.training.rows import Data, prepare_data, supervised_experts
+from molora.training.train import load_base, load_tokenizer, mixture, recipe_config, train
 
 __all__ = ["run_demo"]
 
@@ -53,6 +54,8 @@ def run_demo(configs: Sequence[Path], out: Path, overrides: Sequence[str], conso
     need_matplotlib()  # now, not after the training
     runs = _comparable([read_arguments(path, overrides) for path in configs], out)
     first = next(iter(runs.values()))
+    if task_of(first.model) != CAUSAL:
+        raise ConfigError(f"demo: got a model for {task_of(first.model)}, expected a causal language model")
     console.rule("Base model and data")
     tokenizer = load_tokenizer(first.model)
     data = prepare_data(first.data, tokenizer, first.training.seed)
@@ -90,8 +93,10 @@ def _comparable(runs: list[Arguments], out: Path) -> dict[str, Arguments]:
 
 def _one_run(arguments: Arguments, tokenizer: Any, data: Data, out: Path, console: Console) -> dict[str, Any]:
     """Convert, train, save, score, follow the routing, and answer: here and in a fresh process."""
-    config = recipe_config(arguments.mixture)
-    model: Any = convert(load_base(arguments.model), config, seed=arguments.training.seed)
+    experts = supervised_experts(recipe_config(arguments.mixture), arguments.data)
+    if experts:
+        data = prepare_data(arguments.data, tokenizer, arguments.training.seed, experts=experts)
+    model: Any = mixture(arguments, data, tokenizer)
     count, total = model.get_nb_trainable_parameters()
     options = ", ".join(f"{k}={v}" for k, v in arguments.mixture.options.items())
     console.print(f"{options}: {count:,} trainable parameters of {total:,}; {len(data.train)} rows", highlight=False)

@@ -44,7 +44,8 @@ ROWS: tuple[Row, ...] = (
         ("molora.adapter_state", "molora.aux_loss", "molora.checkpointing", "molora.frames", "molora.model")
         + ("molora.model_card", "molora.scaling_pass"),
     ),
-    (7, ("molora.interop", "molora.convert", "molora.load", "molora.data")),
+    (7, ("molora.interop", "molora.convert", "molora.load")),
+    (7, ("molora.data", "molora.packing", "molora.records", "molora.sources")),
     (8, ("molora.training",)),
     (8, ("molora.eval",)),
     (9, ("molora.cli", "molora.demo", "molora")),

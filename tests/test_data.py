@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molora.data import IGNORED, Collator, Example, Record, apart, deduplicated, encode, read_jsonl, split
+from molora.data import IGNORED, Collator, Example, Record, apart, deduplicated, encode, split
 from molora.errors import ConfigError
+from molora.sources import read_jsonl
 from molora.training.mixing import mix
 from tests.tiny_text import jsonl, tokenizer
 
@@ -119,6 +120,14 @@ def test_split_changes_with_the_seed_and_takes_a_share() -> None:
 def test_near_copies_are_dropped() -> None:
     records = [Record(text="A  b\nc"), Record(text="a b C"), Record(text="abc")]
     assert deduplicated(records) == [records[0], records[2]]
+
+
+def test_other_images_and_labels_are_no_copies() -> None:
+    asked = chat("which?", "this").messages
+    about = [Record(messages=asked, image=i, group=str(i)) for i in ("a.png", "b.png", b"a", "a.png")]
+    assert {r.image for r in deduplicated(about)} == {"a.png", "b.png", b"a"}
+    labelled = [Record(text="x", label=v) for v in ("up", "down", "up")]
+    assert sorted(r.label for r in deduplicated(labelled)) == ["down", "up"]
 
 
 def test_nothing_left_to_train_on() -> None:

@@ -14,6 +14,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from molora.errors import ConfigError, nearest
+from molora.records import source
 
 __all__ = ["OWN_GROUPS", "Arguments", "DataArguments", "MixtureArguments", "ModelArguments", "read_arguments"]
 
@@ -35,6 +36,11 @@ class ModelArguments:
     dtype: str = _field(
         "bfloat16", "Type of the frozen base: bfloat16, float32, float16. The adapters stay in float32."
     )
+    model_task: str = _field(
+        "auto",
+        "What the model is: causal-lm; sequence-classification (a 'label' for each 'text'; a new head trains and is "
+        "saved whole, as modules_to_save are); image-text-to-text (an 'image' with 'messages'); auto: see the folder.",
+    )
 
 
 @dataclass
@@ -49,12 +55,23 @@ class MixtureArguments:
 class DataArguments:
     """The domains."""
 
-    domains: dict[str, str] = _field(
-        {}, "Name to JSONL file ('text' or 'messages' on every line), or to builtin:<domain>."
+    domains: dict[str, Any] = _field(
+        {},
+        "Name to data: a file of JSON lines ('text' or 'messages' on every line; .gz too), .parquet, .txt (blank lines "
+        "part the records), a folder of these, hf:name[:config][:split] for load_dataset (split: train), or "
+        "builtin:<domain>. {path: ..., text_column: ...} for other columns; likewise messages, label, image, group.",
     )
-    heldout_domains: dict[str, str] = _field({}, "Name to JSONL file that is held out; else a part of each domain is.")
+    heldout_domains: dict[str, Any] = _field({}, "Name to data that is held out; else a part of each domain is.")
+    task_of_domain: dict[str, str] = _field(
+        {}, "For recipes with a supervised loss: domain to adapter; a domain with an adapter's name needs none."
+    )
     weights: dict[str, float] = _field({}, "Name to share of the training rows; 1 when not given.")
-    max_length: int = _field(128, "Tokens in a row; longer texts become several rows.")
+    max_length: int = _field(128, "Tokens in a row; longer texts become several rows (a classifier's are cut).")
+    packing: bool = _field(
+        False,
+        "Put several short texts into a row of max_length tokens, each as if alone. A batch is laid end to end, "
+        "so take per_device_train_batch_size 1 and a longer max_length. Balance losses see one row.",
+    )
     train_examples: int = _field(0, "Training rows of all domains together; 0 takes what there is.")
     heldout: float = _field(0.1, "Part of each domain to hold out: a share below 1, or a number of records.")
 
@@ -155,12 +172,20 @@ def _parse(values: Mapping[str, Any], where: str) -> Arguments:
 
 def _faults(data: DataArguments) -> list[str]:
     out = [] if data.domains else ["domains: got none, expected at least one, as name: file.jsonl"]
-    out += [
-        f"{name}: got {value!r}, expected a path" for name, value in data.domains.items() if not isinstance(value, str)
-    ]
-    for key in ("heldout_domains", "weights"):
+    for key in ("domains", "heldout_domains"):
+        for name, value in getattr(data, key).items():
+            try:
+                source(value)
+            except ConfigError as e:
+                out.append(f"{key}: {name}: {e}")
+    for key in ("heldout_domains", "weights", "task_of_domain"):
         known: dict[str, Any] = data.domains
         out += [f"{key}: {n!r} is not a domain{nearest(str(n), known)}" for n in getattr(data, key) if n not in known]
+    out += [
+        f"task_of_domain: {n}: got {a!r}, expected the name of an adapter"
+        for n, a in data.task_of_domain.items()
+        if not isinstance(a, str)
+    ]
     for n, w in data.weights.items():
         if isinstance(w, bool) or not isinstance(w, int | float) or w <= 0:
             out.append(f"weights: {n}: got {w!r}, expected a number above 0")

@@ -13,13 +13,14 @@ import gzip
 import json
 import random
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
-from molora.data import Record, read_jsonl
 from molora.errors import ConfigError, nearest
+from molora.records import Record, source
+from molora.sources import read_source
 from molora.training.demo_model import BUILTIN, package_folder
 
 __all__ = ["BUILTIN_DOMAINS", "TASKS", "domain_records", "score_answer"]
@@ -35,18 +36,26 @@ TASKS: dict[str, dict[str, Any]] = {
 }
 
 
-def domain_records(source: str) -> list[Record]:
-    """Records of a domain: ``builtin:<name>`` or the path of a JSONL file.
+def domain_records(value: Any, needs: Collection[str] = ()) -> list[Record]:
+    """Records of a domain: ``builtin:<name>``, or what :func:`molora.records.source` takes.
+
+    ``needs``: columns ``label`` and ``image`` are read only if they stand in it.
 
     Raises:
-        ConfigError: unknown name, missing package (with the extra to install), or a fault in the file.
+        ConfigError: unknown name, missing package (with the extra to install), or a fault in a file.
     """
-    if not source.startswith(BUILTIN):
-        return read_jsonl(source)
-    name = source.removeprefix(BUILTIN)
+    where = source(value)
+    if not where.path.startswith(BUILTIN):
+        unused = [c for c in ("label", "image") if c not in needs and getattr(where.columns, c) in where.columns.given]
+        if unused:
+            raise ConfigError(
+                f"{unused[0]}_column: this kind of model (model_task) learns nothing from it; leave it out"
+            )
+        return read_source(where, needs)
+    name = where.path.removeprefix(BUILTIN)
     if name not in BUILTIN_DOMAINS:
         known = ", ".join(BUILTIN + k for k in BUILTIN_DOMAINS)
-        raise ConfigError(f"domain: got {source!r}, expected {known} or a JSONL file{nearest(name, BUILTIN_DOMAINS)}")
+        raise ConfigError(f"domain: got {where.path!r}, expected {known} or a path{nearest(name, BUILTIN_DOMAINS)}")
     return BUILTIN_DOMAINS[name]()
 
 

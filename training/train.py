@@ -9,32 +9,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from molora.config import MoloraConfig
 from molora.convert import convert
-from molora.data import Collator, Example, Record, apart, encode, split
+from molora.data import Collator
 from molora.errors import ConfigError, nearest
+from molora.packing import check_packing
 from molora.recipes import RECIPES
-from molora.training.arguments import OUTPUT, Arguments, DataArguments, MixtureArguments, ModelArguments
-from molora.training.demo_data import domain_records
-from molora.training.demo_model import model_folder, quiet_loading
-from molora.training.mixing import mix
+from molora.training.arguments import OUTPUT, Arguments, MixtureArguments
+from molora.training.models import (
+    CLASSES,
+    IMAGES,
+    known_labels,
+    load_base,
+    load_classifier,
+    load_processor,
+    load_tokenizer,
+    task_of,
+    with_trained_head,
+)
+from molora.training.rows import Data, prepare_data, supervised_experts
 
-__all__ = ["Data", "Trained", "load_base", "load_tokenizer", "prepare_data", "recipe_config", "run", "train"]
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Data:
-    """Rows to train on (all domains, shuffled) and, per domain, the held-out records and their rows."""
-
-    train: list[Example]
-    heldout: dict[str, list[Example]]
-    heldout_records: dict[str, list[Record]]
-    train_records: dict[str, int]
+__all__ = ["Data", "Trained", "load_base", "load_tokenizer", "mixture", "prepare_data", "recipe_config", "run", "train"]
 
 
 @dataclass(frozen=True)
@@ -47,32 +44,6 @@ class Trained:
     log: list[dict[str, float]]
     seconds: float
     folder: Path
-
-
-def load_tokenizer(arguments: ModelArguments) -> Any:
-    """The base's tokenizer, set to pad on the left as generation needs (training pads by itself)."""
-    folder = model_folder(arguments.model_name_or_path)
-    try:
-        return AutoTokenizer.from_pretrained(folder, padding_side="left")
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"model: the tokenizer in {folder} cannot be loaded: {e}") from e
-
-
-def load_base(arguments: ModelArguments) -> PreTrainedModel:
-    """The base in its dtype.
-
-    Raises:
-        ConfigError: unknown dtype, or a folder that transformers cannot load as a causal language model.
-    """
-    if arguments.dtype not in DTYPES:
-        raise ConfigError(f"dtype: got {arguments.dtype!r}, expected one of {', '.join(DTYPES)}")
-    folder = model_folder(arguments.model_name_or_path)
-    try:
-        with quiet_loading():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[arguments.dtype])
-    except (OSError, ValueError) as e:
-        raise ConfigError(f"model: {folder} cannot be loaded: {e}") from e
-    return model
 
 
 def recipe_config(arguments: MixtureArguments) -> MoloraConfig:
@@ -89,43 +60,40 @@ def recipe_config(arguments: MixtureArguments) -> MoloraConfig:
     return RECIPES[arguments.recipe](**arguments.options)
 
 
-def prepare_data(arguments: DataArguments, tokenizer: Any, seed: int) -> Data:
-    """Read, split and tokenise every domain, and mix the training rows. Depends on its arguments only.
-
-    Raises:
-        ConfigError: a file that is missing, bad or too small; a domain without a single usable row.
-    """
-    train: dict[str, list[Example]] = {}
-    heldout: dict[str, list[Example]] = {}
-    kept: dict[str, tuple[int, list[Record]]] = {}
-    for name, source in arguments.domains.items():
-        records = domain_records(source)
-        own = arguments.heldout_domains.get(name)
-        learn, held = apart(records, domain_records(own)) if own else split(records, arguments.heldout, seed)
-        train[name] = [row for r in learn for row in encode(r, tokenizer, arguments.max_length)]
-        heldout[name] = [row for r in held for row in encode(r, tokenizer, arguments.max_length)]
-        kept[name] = len(learn), held
-        if not train[name] or not heldout[name]:
-            side = "held-out" if train[name] else "training"
-            raise ConfigError(
-                f"domain {name!r} ({source}): no {side} row has a token to learn within {arguments.max_length} tokens; "
-                "raise max_length"
-            )
-    rows = mix(train, arguments.weights, arguments.train_examples, seed)
-    return Data(rows, heldout, {n: held for n, (_, held) in kept.items()}, {n: count for n, (count, _) in kept.items()})
-
-
 def run(arguments: Arguments, tell: Callable[[Data], None] = lambda _: None) -> Trained:
     """Train one mixture and save its adapter folder to ``output_dir``; ``tell`` gets the data before training starts.
 
     Held-out loss per domain is logged when ``eval_strategy`` asks for it, as ``eval_<domain>_loss``.
     """
-    settings, config = arguments.training, recipe_config(arguments.mixture)
+    settings, config, task = arguments.training, recipe_config(arguments.mixture), task_of(arguments.model)
+    experts = supervised_experts(config, arguments.data)
     tokenizer = load_tokenizer(arguments.model)
-    data = prepare_data(arguments.data, tokenizer, settings.seed)
+    encoder = load_processor(arguments.model) if task == IMAGES else tokenizer
+    known = known_labels(arguments.model) if task == CLASSES else ()
+    data = prepare_data(arguments.data, encoder, settings.seed, task, experts, known)
     tell(data)
-    model = convert(load_base(arguments.model), config, seed=settings.seed)
-    return train(model, tokenizer, data, settings)
+    trained = train(mixture(arguments, data, tokenizer), tokenizer, data, settings)
+    if task == CLASSES and settings.should_save:
+        trained.model.config.save_pretrained(trained.folder)  # the names of the classes
+    return trained
+
+
+def mixture(arguments: Arguments, data: Data, tokenizer: Any) -> PreTrainedModel:
+    """The base with the recipe on it; a classifier's new head trains with it.
+
+    Raises:
+        ConfigError: a base or an option that cannot work, or packing with a base that cannot keep texts apart.
+    """
+    config, seed = recipe_config(arguments.mixture), arguments.training.seed
+    if task_of(arguments.model) == CLASSES:
+        set_seed(seed)  # a new head is drawn now
+        base, fresh = load_classifier(arguments.model, data.labels, tokenizer.pad_token_id)
+        config = with_trained_head(config, fresh)
+    else:
+        base = load_base(arguments.model)
+    if arguments.data.packing:
+        check_packing(base, config)
+    return convert(base, config, seed=seed)
 
 
 def train(model: PreTrainedModel, tokenizer: Any, data: Data, settings: TrainingArguments) -> Trained:

@@ -1,0 +1,155 @@
+"""One record of a domain: what a line of a file, a row of a table or a paragraph of a text says."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from molora.errors import ConfigError, nearest
+
+__all__ = ["COLUMNS", "Columns", "Record", "Source", "record", "source"]
+
+ROLES = ("system", "user", "assistant", "tool")
+COLUMNS = ("text", "messages", "label", "image", "group")
+
+
+@dataclass(frozen=True)
+class Record:
+    """Plain text, or a conversation that ends with the assistant; maybe with a class or an image.
+
+    ``group``: what must not be split apart. ``label``: the class of a text. ``image``: the path of an image file, or
+    its bytes. ``task``: which scorer judges an answer, empty for equality; ``entry``: what that scorer needs.
+    ``where``: file and line, for messages.
+    """
+
+    text: str = ""
+    messages: tuple[Mapping[str, str], ...] = ()
+    group: str = ""
+    task: str = ""
+    entry: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    label: str | int | None = None
+    image: str | bytes = ""
+    where: str = field(default="", compare=False)
+
+    @property
+    def prompt(self) -> tuple[Mapping[str, str], ...]:
+        """The conversation up to the last answer."""
+        return self.messages[:-1]
+
+    @property
+    def answer(self) -> str:
+        """The last answer of a conversation, empty for plain text."""
+        return self.messages[-1]["content"] if self.messages else ""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column holds what; ``given``: the names that the user asked for, which must exist.
+
+    A record has a text or messages. Who names the column of one of them does not want the other, hence "".
+    """
+
+    text: str = "text"
+    messages: str = "messages"
+    label: str = "label"
+    image: str = "image"
+    group: str = "group"
+    given: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the records of a domain are, and in which columns."""
+
+    path: str
+    columns: Columns = field(default_factory=Columns)
+
+
+def source(value: Any) -> Source:
+    """``path``, or ``{path: ..., text_column: ...}``.
+
+    Raises:
+        ConfigError: something else, or an unknown entry.
+    """
+    if isinstance(value, str):
+        return Source(value)
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"got {value!r}, expected a path, or a mapping with a path and names of columns")
+    known = {f"{f.name}_column": f.name for f in fields(Columns) if f.name != "given"}
+    faults = [f"unknown entry {k!r}{nearest(str(k), ['path', *known])}" for k in value if k not in ("path", *known)]
+    faults += [f"{k}: got {v!r}, expected a string" for k, v in value.items() if not isinstance(v, str) or not v]
+    if "path" not in value:
+        faults.append(f"got {dict(value)!r}, expected a path in it")
+    if faults:
+        raise ConfigError("; ".join(faults))
+    own = {known[k]: v for k, v in value.items() if k != "path"}
+    if len({"text", "messages"} & own.keys()) == 1:
+        own = {"text": "", "messages": "", **own}
+    return Source(value["path"], Columns(**own, given=tuple(v for v in own.values() if v)))
+
+
+def record(line: Any, columns: Columns, needs: Collection[str], folder: Path, where: str = "") -> Record:
+    """A line's record. ``needs``: ``label`` and ``image`` are read only if they stand in it.
+
+    Paths of images are relative to ``folder``.
+
+    Raises:
+        ValueError: what is wrong with the line.
+    """
+    if not isinstance(line, dict):
+        raise ValueError(f"got a JSON {type(line).__name__}, expected an object with 'text' or 'messages'")
+    wanted = [c for c in (columns.text, columns.messages) if c]
+    if sum(c in line for c in wanted) != 1:
+        found = ", ".join(map(repr, list(line)[:8])) or "no entries"
+        names = " and ".join(map(repr, wanted))
+        raise ValueError(f"got {found}, expected {'exactly one of ' if len(wanted) > 1 else ''}{names}")
+    group = line.get(columns.group, "")
+    if not isinstance(group, str | int):
+        raise ValueError(f"{columns.group!r}: got {type(group).__name__}, expected a string")
+    image, key = _image(line.get(columns.image), columns.image, folder) if "image" in needs else ("", "")
+    label = _label(line, columns.label) if "label" in needs else None
+    shared: dict[str, Any] = {"group": str(group) or key, "label": label, "image": image, "where": where}
+    if columns.messages and columns.messages in line:
+        return Record(messages=_messages(line[columns.messages], columns.messages), **shared)
+    text = line[columns.text]
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{columns.text!r}: got {text!r}, expected a non-empty string")
+    return Record(text=text, **shared)
+
+
+def _messages(value: Any, name: str) -> tuple[dict[str, str], ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{name!r}: got {value!r}, expected a non-empty list")
+    for i, m in enumerate(value):
+        if not isinstance(m, dict) or m.get("role") not in ROLES or not isinstance(m.get("content"), str):
+            raise ValueError(f"{name!r}[{i}]: got {m!r}, expected 'role' ({', '.join(ROLES)}) and 'content' as text")
+    if value[-1]["role"] != "assistant" or not value[-1]["content"].strip():
+        raise ValueError(f"{name!r}: the last one must be a non-empty answer of the assistant, it is what is learned")
+    return tuple({"role": m["role"], "content": m["content"]} for m in value)
+
+
+def _label(line: Mapping[str, Any], name: str) -> str | int:
+    if name not in line:
+        raise ValueError(f"no {name!r}, which a classifier learns; there is {', '.join(map(repr, line))}")
+    value = line[name]
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise ValueError(f"{name!r}: got {value!r}, expected a string or a whole number")
+    return value
+
+
+def _image(value: Any, name: str, folder: Path) -> tuple[str | bytes, str]:
+    """The image, and what tells it from others whatever folder it lies in."""
+    if isinstance(value, dict):  # as `datasets` keeps images
+        value = value.get("bytes") or value.get("path")
+    if value is None:
+        return "", ""
+    if isinstance(value, bytes):
+        return value, hashlib.blake2b(value, digest_size=16).hexdigest()
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"{name!r}: got {type(value).__name__}, expected the path of an image file, or its bytes")
+    if not (folder / value).is_file():
+        raise ValueError(f"{name!r}: {folder / value} does not exist; paths are relative to the file that names them")
+    return str(folder / value), value
