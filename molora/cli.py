@@ -62,6 +62,8 @@ class _TrainCommand(TyperCommand):
 def train(
     ctx: typer.Context,
     config: Annotated[Path, typer.Option(help="YAML file of arguments; see training/configs/.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan: memory, steps; train nothing.")] = False,
+    gpus: Annotated[int | None, typer.Option(help="GPUs to plan for; default: those launched.")] = None,
 ) -> None:
     """Fine-tune one mixture on your domains and save its adapter folder.
 
@@ -69,6 +71,9 @@ def train(
     `--domains.math math.jsonl`.
 
     Example: `molora train --config training/configs/demo_mixlora.yaml --output_dir runs/mine --max_steps 20`
+
+    Before a large run: `molora train --config training/configs/mixlora_llama3_8b.yaml --dry-run --gpus 8`. A dry run
+    needs no weights: a folder with the base's config.json, or the name of a model whose shapes are known.
 
     Your data: one JSONL file a domain, every line `{"text": "..."}` or `{"messages": [{"role": "user", "content":
     "..."}, {"role": "assistant", "content": "..."}]}`. Of conversations only the assistant's turns are learned.
@@ -78,9 +83,17 @@ def train(
     package_folder("accelerate", "accelerate", "train")  # before transformers' Trainer asks for it in its own words
     from molora.eval.tables import data_table
     from molora.training.arguments import read_arguments
+    from molora.training.plan_table import show_plan
     from molora.training.train import Data, run
 
     arguments = read_arguments(config, ctx.args)
+    if dry_run:
+        show_plan(arguments, gpus, output)
+        return
+    if gpus is not None:
+        raise ConfigError(
+            "--gpus: got a number without --dry-run; the launcher (torchrun, deepspeed) says how many run"
+        )
 
     def tell(data: Data) -> None:
         output.print(data_table(arguments.data.domains, data.train_records, data.heldout_records, data.heldout))
