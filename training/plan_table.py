@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -39,7 +40,7 @@ def plan_tables(plan: Plan) -> tuple[Table, ...]:
 
 
 def _table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for name in words:
         table.add_column(name)
     for name in numbers:
@@ -49,7 +50,7 @@ def _table(title: str, words: Sequence[str], numbers: Sequence[str]) -> Table:
 
 def _sites(plan: Plan) -> Table:
     title = f"Sites: {plan.recipe} on {plan.model}"
-    table = _table(title, ("linears", "role"), ("sites", "routers", "experts", "choices", "ranks of a site"))
+    table = _table(title, ("linears", "role"), ("sites", "routers", "experts", "choices", "ranks"))
     for g in plan.sites:
         values = (", ".join(map(str, v)) or "all" for v in (g.experts, g.choices, g.ranks))
         table.add_row(", ".join(g.names), g.role, f"{g.sites:,}", f"{g.routers:,}", *values)
@@ -71,8 +72,9 @@ def _steps(plan: Plan) -> Table:
     table = _table("Steps", ("", ""), ())
     table.show_header = False
     table.add_row("world size", f"{batch.gpus:,} GPUs")
-    product = f"{batch.micro} a GPU x {batch.accumulation} accumulated x {batch.gpus} GPUs = {batch.rows:,} rows"
-    table.add_row("a step", f"{product}, at most {batch.rows * batch.length:,} tokens of {batch.length} a row")
+    product = f"{batch.micro} a GPU x {batch.accumulation} accumulated x {batch.gpus} GPUs = {batch.rows:,}"
+    table.add_row("rows a step", product)
+    table.add_row("tokens a step", f"at most {batch.rows * batch.length:,}, {batch.length:,} a row")
     table.add_row("training rows", "unknown" if plan.rows is None else f"{plan.rows:,}")
     table.add_row("optimizer steps", "unknown" if plan.steps is None else f"{plan.steps:,}")
     return table
@@ -80,12 +82,12 @@ def _steps(plan: Plan) -> Table:
 
 def _memory(plan: Plan) -> Table:
     kept = "with" if plan.checkpointing else "without"
-    title = f"GiB on a GPU, and sent by it in a step; activations estimated, {kept} checkpointing"
+    title = f"GiB on a GPU, and sent in a step (activations estimated, {kept} checkpointing)"
     columns = ("base", "adapters", "gradients", "AdamW", "activations", "GPU", "host", "sent")
-    table = _table(title, ("",), columns)
+    table = _table(title, ("ZeRO",), columns)
     for m, (_, sent) in zip(plan.memory, plan.traffic, strict=True):
         parts = (m.base, m.adapters, m.gradients, m.optimizer, m.activations, m.gpu, m.host, sent)
-        table.add_row(m.stage, *map(_gib, parts))
+        table.add_row(m.stage.removeprefix("ZeRO-"), *map(_gib, parts))
     if plan.expert_parallel:
         spread = _gib(plan.expert_parallel)
         table.caption = f"With the experts spread over GPUs, each would send {spread} for its tokens."
