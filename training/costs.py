@@ -12,17 +12,16 @@ from dataclasses import dataclass
 __all__ = ["STAGES", "Activations", "Memory", "Weights", "expert_parallel_bytes", "memory", "traffic"]
 
 STAGES = ("ZeRO-0 (DDP)", "ZeRO-1", "ZeRO-2", "ZeRO-3", "ZeRO-3, offload")
-MASTER = 12  # DeepSpeed's bytes for each trained parameter: a float32 copy of it and two float32 moments of Adam
+MASTER = 12  # DeepSpeed's bytes for each trained parameter: a float32 copy of it and Adam's two float32 moments
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of a converted model's parameters, and how they would stand under DeepSpeed.
+    """Bytes of a converted model's parameters.
 
     ``base`` and ``largest_part``: the frozen base, and its largest repeated layer or single module. ``frozen`` and
     ``trained``: experts, routers and saved modules, as they are stored; ``frozen_count`` and ``trained_count``: their
-    numbers of parameters. ``item``: bytes of one of them under DeepSpeed, which casts everything to the base's half
-    precision and keeps the float32 master copy in the optimizer; 4 for a float32 base.
+    numbers of parameters. ``item``: bytes of one of them when DeepSpeed casts it to the base's half precision.
     """
 
     base: int
@@ -52,24 +51,28 @@ class Memory:
         return self.base + self.adapters + self.gradients + self.optimizer + self.activations
 
 
-def memory(w: Weights, gpus: int, activations: int) -> tuple[Memory, ...]:
+def memory(w: Weights, gpus: int, activations: int, cast: bool = False) -> tuple[Memory, ...]:
     """Bytes on each GPU for every stage of :data:`STAGES`.
 
     ZeRO-0 is data parallelism with torch's AdamW: adapters, gradients and two moments as stored (16 bytes for a float32
-    parameter). ZeRO-1 shards DeepSpeed's state (12 bytes), ZeRO-2 the gradients too. ZeRO-3 also shards the frozen
-    base, and holds two of its largest parts whole, the one at work and the next; the experts stay whole
-    (``stage3_param_persistence_threshold`` above the largest of them). Offload keeps state and base on the host.
+    parameter). ZeRO-1 shards DeepSpeed's state, 12 bytes a parameter: it keeps a float32 master copy of its own, also
+    of float32 adapters. ZeRO-2 shards the gradients too. ZeRO-3 also shards the frozen base, and holds two of its
+    largest parts whole, the one at work and the next; the experts stay whole (``stage3_param_persistence_threshold``
+    above the largest of them). Offload keeps state and base on the host. ``cast``: the arguments say bf16 or fp16, with
+    which ZeRO-1 and 2 cast the adapters, too; ZeRO-3 leaves them as they are.
     """
-    adapters = (w.frozen_count + w.trained_count) * w.item
-    gradients, state = w.trained_count * w.item, _share(w.trained_count * MASTER, gpus)
+    adapters, gradients = w.frozen + w.trained, w.trained
+    if cast:
+        adapters, gradients = (w.frozen_count + w.trained_count) * w.item, w.trained_count * w.item
+    state = _share(w.trained_count * MASTER, gpus)
     part, gathered = _share(w.base, gpus), min(2 * w.largest_part, w.base)
-    shard = _share(gradients, gpus)
+    whole, shard = w.frozen + w.trained, _share(w.trained, gpus)
     return (
-        Memory(STAGES[0], w.base, w.frozen + w.trained, w.trained, 2 * w.trained, activations),
+        Memory(STAGES[0], w.base, whole, w.trained, 2 * w.trained, activations),
         Memory(STAGES[1], w.base, adapters, gradients, state, activations),
-        Memory(STAGES[2], w.base, adapters, shard, state, activations),
-        Memory(STAGES[3], min(part + gathered, w.base), adapters, shard, state, activations),
-        Memory(STAGES[4], gathered, adapters, shard, 0, activations, host=part + state),
+        Memory(STAGES[2], w.base, adapters, _share(gradients, gpus), state, activations),
+        Memory(STAGES[3], min(part + gathered, w.base), whole, shard, state, activations),
+        Memory(STAGES[4], gathered, whole, shard, 0, activations, host=part + state),
     )
 
 
@@ -77,19 +80,18 @@ def _share(size: int, gpus: int) -> int:
     return -(-size // gpus)
 
 
-def traffic(w: Weights, gpus: int, accumulation: int) -> tuple[tuple[str, int], ...]:
+def traffic(w: Weights, gpus: int, accumulation: int, cast: bool = False) -> tuple[tuple[str, int], ...]:
     """Bytes that one GPU sends in an optimizer step, for every stage, with ring algorithms.
 
     G: bytes of the gradients, B: of the base; ``f = (N - 1) / N``. ZeRO-0: all-reduce, ``2 f G``. ZeRO-1:
     reduce-scatter, and all-gather of the new weights, ``2 f G``. ZeRO-2 scatters after each of the ``accumulation``
     micro-steps. ZeRO-3: also ``2 f B`` a micro-step, the base gathered for the forward and for the backward pass
-    (recomputed layers may gather once more). Offload's traffic to the host is not counted.
+    (recomputed layers may gather once more). Offload's traffic to the host is not counted. ``cast``: as in
+    :func:`memory`.
     """
-    f = (gpus - 1) / gpus
-    stored, cast = w.trained, w.trained_count * w.item
-    sharded = f * cast * (accumulation + 1)
-    gathered = sharded + 2 * f * w.base * accumulation
-    sent = (2 * f * stored, 2 * f * cast, sharded, gathered, gathered)
+    f, size = (gpus - 1) / gpus, w.trained_count * w.item if cast else w.trained
+    gathered = f * w.trained * (accumulation + 1) + 2 * f * w.base * accumulation
+    sent = (2 * f * w.trained, 2 * f * size, f * size * (accumulation + 1), gathered, gathered)
     return tuple((stage, round(value)) for stage, value in zip(STAGES, sent, strict=True))
 
 

@@ -60,6 +60,7 @@ def dry_run(arguments: Arguments, gpus: int = 1) -> DryRun:
         model,
         batch,
         checkpointing=bool(settings.gradient_checkpointing),
+        cast=settings.bf16 or settings.fp16,
         rows=rows,
         epochs=settings.num_train_epochs,
         max_steps=settings.max_steps,

@@ -59,11 +59,15 @@ def plan(
     batch: Batch,
     *,
     checkpointing: bool = False,
+    cast: bool = False,
     rows: int | None = None,
     epochs: float = 1.0,
     max_steps: int = -1,
 ) -> Plan:
-    """The plan of training a converted ``model``; only shapes and dtypes are read, so it may be on the meta device."""
+    """The plan of training a converted ``model``; only shapes and dtypes are read, so it may be on the meta device.
+
+    ``cast``: the trainer's bf16 or fp16 flag, with which ZeRO-1 and 2 cast the adapters, too.
+    """
     weights, widths, groups = weights_of(model), activation_widths(model), site_groups(model)
     spread = min(batch.gpus, max(max(g.experts) for g in groups))  # an expert is not split
     return Plan(
@@ -73,8 +77,8 @@ def plan(
         kinds=kinds_of(model),
         batch=batch,
         checkpointing=checkpointing,
-        memory=memory(weights, batch.gpus, widths.bytes(batch.tokens, checkpointing)),
-        traffic=traffic(weights, batch.gpus, batch.accumulation),
+        memory=memory(weights, batch.gpus, widths.bytes(batch.tokens, checkpointing), cast),
+        traffic=traffic(weights, batch.gpus, batch.accumulation, cast),
         expert_parallel=expert_parallel_bytes(dispatched(model), batch.tokens, batch.accumulation, widths.item, spread),
         rows=rows,
         steps=steps_of(rows, batch, epochs, max_steps),
