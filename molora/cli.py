@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.metadata
-import inspect
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -17,14 +15,12 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from molora.errors import ConfigError, MoloraError
-from molora.recipes import RECIPES
 
 __all__ = ["app", "main"]
 
 CONFIGS = Path(__file__).parent / "training" / "configs"
 DEMO = (CONFIGS / "demo_mixlora.yaml", CONFIGS / "demo_lora.yaml")
 EXTRAS = {"accelerate": "train", "datasets": "train", "deepspeed": "train", "peft": "peft"}  # package: extra
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "triton", "deepspeed", "datasets")
 MORE = {"allow_extra_args": True, "ignore_unknown_options": True}  # ctx.args: the --key value overrides
 
 app = typer.Typer(
@@ -162,69 +158,15 @@ def info(
     ] = False,
 ) -> None:
     """Show versions and the recipes; with a recipe's name, its options; with --kernels, the choice of kernels."""
+    from molora.info import show_kernels, show_recipe, show_versions
+
     if kernels:
-        _show_kernels()
+        show_kernels(output)
         return
     if recipe is not None:
-        _show_recipe(recipe)
+        show_recipe(recipe, output)
         return
-    versions = Table("package", "version", title="Versions", title_justify="left")
-    for name in ("molora", *PACKAGES):
-        versions.add_row(name, _version(name))
-    output.print(versions)
-    table = Table("recipe", "what it is", title="Recipes (molora info NAME lists the options)", title_justify="left")
-    for name, function in RECIPES.items():
-        table.add_row(name, escape(inspect.cleandoc(function.__doc__ or "").split("\n\n")[0]))
-    output.print(table)
-
-
-def _show_recipe(name: str) -> None:
-    from molora.errors import nearest
-
-    if name not in RECIPES:
-        raise ConfigError(f"info: got {name!r}, expected one of {', '.join(RECIPES)}{nearest(name, RECIPES)}")
-    function = RECIPES[name]
-    output.print(escape(inspect.cleandoc(function.__doc__ or "")), highlight=False)
-    table = Table("option", "default", title=f"Options of {name}", title_justify="left")
-    for option, parameter in inspect.signature(function).parameters.items():
-        needed = parameter.default is inspect.Parameter.empty
-        table.add_row(option, "(needed)" if needed else escape(repr(parameter.default)))
-    output.print(table)
-
-
-def _show_kernels() -> None:
-    import torch
-
-    from molora.kernels.configs import tile
-    from molora.kernels.dispatch import KERNELS, Call, choose
-
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.cuda.get_device_name() if here == "cuda" else "no CUDA device"
-    output.print(
-        f"This machine: {device}; triton {_version('triton')}. On a CPU, kernel='auto' is concat.", highlight=False
-    )
-    names = ("experts x rank", "dtype", "kernel", "why", "tile of the first product")
-    table = Table(*names, title="kernel='auto' on CUDA", title_justify="left")
-    for experts, rank, choices in ((1, 8, 0), (8, 8, 2), (8, 16, 2), (64, 1, 8), (64, 32, 2)):
-        for dtype in (torch.bfloat16, torch.float32):
-            total = experts * rank
-            found = choose("auto", Call(total, "cuda", dtype, experts, choices, rank))
-            t = tile("contract", 8192, total, dtype.itemsize)
-            size = f"{t.rows} x {t.cols} x {t.depth}, {t.warps} warps" if found.name == "triton" else ""
-            shape = f"{experts} x {rank}, {choices or 'all'} chosen"
-            table.add_row(shape, str(dtype)[6:], found.name, found.reason, size)
-    output.print(table)
-    known = Table("kernel=", f"asked for here ({here})")
-    for kernel, implementation in KERNELS.items():
-        known.add_row(kernel, implementation.refuses(Call(64, here, torch.float32, 8, 2, 8, grad=False)) or "runs")
-    output.print(known)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    show_versions(output)
 
 
 def main() -> None:
