@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.metadata
-import inspect
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -17,14 +15,12 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from molora.errors import ConfigError, MoloraError
-from molora.recipes import RECIPES
 
 __all__ = ["app", "main"]
 
 CONFIGS = Path(__file__).parent / "training" / "configs"
 DEMO = (CONFIGS / "demo_mixlora.yaml", CONFIGS / "demo_lora.yaml")
 EXTRAS = {"accelerate": "train", "datasets": "train", "deepspeed": "train", "peft": "peft"}  # package: extra
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors", "triton", "deepspeed", "datasets")
 MORE = {"allow_extra_args": True, "ignore_unknown_options": True}  # ctx.args: the --key value overrides
 
 app = typer.Typer(
@@ -62,6 +58,8 @@ class _TrainCommand(TyperCommand):
 def train(
     ctx: typer.Context,
     config: Annotated[Path, typer.Option(help="YAML file of arguments; see training/configs/.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan: memory, steps; train nothing.")] = False,
+    gpus: Annotated[int | None, typer.Option(help="GPUs to plan for; default: those launched.")] = None,
 ) -> None:
     """Fine-tune one mixture on your domains and save its adapter folder.
 
@@ -69,6 +67,9 @@ def train(
     `--domains.math math.jsonl`.
 
     Example: `molora train --config training/configs/demo_mixlora.yaml --output_dir runs/mine --max_steps 20`
+
+    Before a large run: `molora train --config training/configs/mixlora_llama3_8b.yaml --dry-run --gpus 8`. A dry run
+    needs no weights: a folder with the base's config.json, or the name of a model whose shapes are known.
 
     Your data: one JSONL file a domain, every line `{"text": "..."}` or `{"messages": [{"role": "user", "content":
     "..."}, {"role": "assistant", "content": "..."}]}`. Of conversations only the assistant's turns are learned.
@@ -78,9 +79,17 @@ def train(
     package_folder("accelerate", "accelerate", "train")  # before transformers' Trainer asks for it in its own words
     from molora.eval.tables import data_table
     from molora.training.arguments import read_arguments
+    from molora.training.plan_table import show_plan
     from molora.training.train import Data, run
 
     arguments = read_arguments(config, ctx.args)
+    if dry_run:
+        show_plan(arguments, gpus, output)
+        return
+    if gpus is not None:
+        raise ConfigError(
+            "--gpus: got a number without --dry-run; the launcher (torchrun, deepspeed) says how many run"
+        )
 
     def tell(data: Data) -> None:
         output.print(data_table(arguments.data.domains, data.train_records, data.heldout_records, data.heldout))
@@ -149,69 +158,15 @@ def info(
     ] = False,
 ) -> None:
     """Show versions and the recipes; with a recipe's name, its options; with --kernels, the choice of kernels."""
+    from molora.info import show_kernels, show_recipe, show_versions
+
     if kernels:
-        _show_kernels()
+        show_kernels(output)
         return
     if recipe is not None:
-        _show_recipe(recipe)
+        show_recipe(recipe, output)
         return
-    versions = Table("package", "version", title="Versions", title_justify="left")
-    for name in ("molora", *PACKAGES):
-        versions.add_row(name, _version(name))
-    output.print(versions)
-    table = Table("recipe", "what it is", title="Recipes (molora info NAME lists the options)", title_justify="left")
-    for name, function in RECIPES.items():
-        table.add_row(name, escape(inspect.cleandoc(function.__doc__ or "").split("\n\n")[0]))
-    output.print(table)
-
-
-def _show_recipe(name: str) -> None:
-    from molora.errors import nearest
-
-    if name not in RECIPES:
-        raise ConfigError(f"info: got {name!r}, expected one of {', '.join(RECIPES)}{nearest(name, RECIPES)}")
-    function = RECIPES[name]
-    output.print(escape(inspect.cleandoc(function.__doc__ or "")), highlight=False)
-    table = Table("option", "default", title=f"Options of {name}", title_justify="left")
-    for option, parameter in inspect.signature(function).parameters.items():
-        needed = parameter.default is inspect.Parameter.empty
-        table.add_row(option, "(needed)" if needed else escape(repr(parameter.default)))
-    output.print(table)
-
-
-def _show_kernels() -> None:
-    import torch
-
-    from molora.kernels.configs import tile
-    from molora.kernels.dispatch import KERNELS, Call, choose
-
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.cuda.get_device_name() if here == "cuda" else "no CUDA device"
-    output.print(
-        f"This machine: {device}; triton {_version('triton')}. On a CPU, kernel='auto' is concat.", highlight=False
-    )
-    names = ("experts x rank", "dtype", "kernel", "why", "tile of the first product")
-    table = Table(*names, title="kernel='auto' on CUDA", title_justify="left")
-    for experts, rank, choices in ((1, 8, 0), (8, 8, 2), (8, 16, 2), (64, 1, 8), (64, 32, 2)):
-        for dtype in (torch.bfloat16, torch.float32):
-            total = experts * rank
-            found = choose("auto", Call(total, "cuda", dtype, experts, choices, rank))
-            t = tile("contract", 8192, total, dtype.itemsize)
-            size = f"{t.rows} x {t.cols} x {t.depth}, {t.warps} warps" if found.name == "triton" else ""
-            shape = f"{experts} x {rank}, {choices or 'all'} chosen"
-            table.add_row(shape, str(dtype)[6:], found.name, found.reason, size)
-    output.print(table)
-    known = Table("kernel=", f"asked for here ({here})")
-    for kernel, implementation in KERNELS.items():
-        known.add_row(kernel, implementation.refuses(Call(64, here, torch.float32, 8, 2, 8, grad=False)) or "runs")
-    output.print(known)
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+    show_versions(output)
 
 
 def main() -> None:

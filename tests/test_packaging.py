@@ -17,6 +17,7 @@ DATA_PATTERNS = (
     "training/zero/*.json",
     "training/launch/*.sh",
     "training/configs/*.yaml",
+    "training/configs/shapes/*.json",
     "eval/templates/*",
 )
 OPTIONAL = (

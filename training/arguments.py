@@ -1,4 +1,4 @@
-"""Arguments of the training job: transformers' own and three groups of ours, from one YAML file and flags."""
+"""Arguments of the training job: transformers' own and four groups of ours, from one YAML file and flags."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from transformers import HfArgumentParser, TrainingArguments
 from molora.errors import ConfigError, nearest
 from molora.records import source
 
-__all__ = ["OWN_GROUPS", "Arguments", "DataArguments", "MixtureArguments", "ModelArguments", "read_arguments"]
+__all__ = ["OWN_GROUPS", "Arguments", "DataArguments", "MixtureArguments", "ModelArguments", "PlanArguments"]
+__all__ += ["read_arguments"]
 
 
 def _field(default: Any, text: str) -> Any:
@@ -76,6 +77,16 @@ class DataArguments:
     heldout: float = _field(0.1, "Part of each domain to hold out: a share below 1, or a number of records.")
 
 
+@dataclass
+class PlanArguments:
+    """What a dry run takes for granted where a file is not here yet; a training run never reads it."""
+
+    assumed_adapters: dict[str, Any] = _field(
+        {}, "For --dry-run: options of recipe lora for ready-made adapters whose folders are not here."
+    )
+    assumed_rows: int = _field(0, "For --dry-run: training rows where the data are not here; 0: not known.")
+
+
 @dataclass(frozen=True)
 class Arguments:
     """Everything that one training run is made of."""
@@ -86,6 +97,7 @@ class Arguments:
     training: TrainingArguments
 
     given: tuple[str, ...] = ()
+    plan: PlanArguments = field(default_factory=PlanArguments)
 
     def chosen(self) -> dict[str, Any]:
         """What makes the run, as plain values: our own arguments, and those of transformers that were given."""
@@ -95,7 +107,7 @@ class Arguments:
 
 
 OUTPUT = "runs/train"  # where results go when the arguments do not say
-OWN_GROUPS = (ModelArguments, MixtureArguments, DataArguments)
+OWN_GROUPS = (ModelArguments, MixtureArguments, DataArguments, PlanArguments)
 
 
 def _plain(value: Any) -> Any:
@@ -157,7 +169,7 @@ def _parse(values: Mapping[str, Any], where: str) -> Arguments:
         if not isinstance(values[name], Mapping):
             raise ConfigError(f"{where}{name}: got {values[name]!r}, expected a mapping (name: value)")
     try:
-        model, mixture, data, training = parser.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
+        model, mixture, data, plan, training = parser.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
     except ImportError as e:
         raise ConfigError(
             f"{where}training needs a package that is not installed: pip install 'molora[train]' ({e})"
@@ -167,7 +179,7 @@ def _parse(values: Mapping[str, Any], where: str) -> Arguments:
     faults = _faults(data)
     if faults:
         raise ConfigError(f"{where}" + "; ".join(faults))
-    return Arguments(model, mixture, data, training, tuple(values))
+    return Arguments(model, mixture, data, training, tuple(values), plan)
 
 
 def _faults(data: DataArguments) -> list[str]:

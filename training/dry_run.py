@@ -1,0 +1,129 @@
+"""The plan of a training run from its arguments: nothing is downloaded, no weights are loaded, nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from molora.config import MoloraConfig
+from molora.convert import aligned, put_on
+from molora.errors import ConfigError
+from molora.interop.peft_lora import LoraAdapter
+from molora.recipes import RECIPES
+from molora.resolve import resolve
+from molora.training.arguments import Arguments, DataArguments
+from molora.training.demo_data import BUILTIN_DOMAINS, domain_records
+from molora.training.demo_model import BUILTIN
+from molora.training.plan import Batch, Plan, plan
+from molora.training.shapes import base_without_storage
+from molora.training.train import load_tokenizer, prepare_data, recipe_config
+
+__all__ = ["DryRun", "dry_run"]
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """A plan, and in words what it rests on: where the number of rows is from, which files are not here."""
+
+    plan: Plan
+    notes: tuple[str, ...]
+
+
+def dry_run(arguments: Arguments, gpus: int = 1) -> DryRun:
+    """Plan the run of ``arguments`` on ``gpus`` GPUs.
+
+    Files that are not here do not stop it: missing domains leave the rows unknown (or as ``assumed_rows`` says), and
+    missing adapter folders are taken to be as ``assumed_adapters`` says.
+
+    Raises:
+        ConfigError: as a run would for these arguments, files that are here included; ``gpus`` below 1; a base of
+            unknown shapes; adapter folders that are missing without ``assumed_adapters``.
+    """
+    if gpus < 1:
+        raise ConfigError(f"gpus: got {gpus}, expected at least 1")
+    config, settings = recipe_config(arguments.mixture), arguments.training
+    model = base_without_storage(arguments.model)
+    rows, notes = _rows(arguments)
+    notes += _convert(model, config, arguments.plan.assumed_adapters)
+    batch = Batch(
+        micro=settings.per_device_train_batch_size,
+        accumulation=settings.gradient_accumulation_steps,
+        gpus=gpus,
+        length=arguments.data.max_length,
+    )
+    found = plan(
+        model,
+        batch,
+        checkpointing=bool(settings.gradient_checkpointing),
+        cast=settings.bf16 or settings.fp16,
+        rows=rows,
+        epochs=settings.num_train_epochs,
+        max_steps=settings.max_steps,
+    )
+    return DryRun(found, tuple(notes))
+
+
+def _rows(arguments: Arguments) -> tuple[int | None, list[str]]:
+    """Training rows as far as they can be known, and where the number is from."""
+    data, assumed = arguments.data, arguments.plan.assumed_rows
+    missing = _missing(data)
+    listed = ", ".join(f"{name} = {source}" for name, source in missing.items())
+    notes = [f"missing: {listed}; a training run needs them"] if missing else []
+    if data.train_examples:
+        return data.train_examples, [*notes, "rows: as train_examples says"]
+    name = arguments.model.model_name_or_path
+    if not missing and not name.startswith(BUILTIN) and Path(name).is_dir():
+        tokenizer = load_tokenizer(arguments.model)
+        return len(prepare_data(data, tokenizer, arguments.training.seed).train), [*notes, "rows: counted"]
+    why = "data files are missing" if missing else "counting needs a model folder with its tokenizer"
+    if assumed:
+        return assumed, [*notes, f"rows: as assumed_rows says, since {why}"]
+    return None, [*notes, f"rows: unknown, since {why}; --assumed_rows N plans with N"]
+
+
+def _missing(data: DataArguments) -> dict[str, str]:
+    sources = {f"domains.{k}": v for k, v in data.domains.items()}
+    sources |= {f"heldout_domains.{k}": v for k, v in data.heldout_domains.items()}
+    for source in sources.values():
+        if source.startswith(BUILTIN) and source.removeprefix(BUILTIN) not in BUILTIN_DOMAINS:
+            domain_records(source)  # raises, and says which there are
+    return {k: v for k, v in sources.items() if not v.startswith(BUILTIN) and not Path(v).exists()}
+
+
+def _convert(model: PreTrainedModel, config: MoloraConfig, assumed: Mapping[str, Any]) -> list[str]:
+    """Convert in place, with assumed adapters for those that are not here; notes on them."""
+    notes, stand_in = [], None
+    missing = {name: folder for name, folder in config.adapters if not Path(folder).exists()}
+    if missing:
+        if not assumed:
+            name, folder = next(iter(missing.items()))
+            raise ConfigError(
+                f"adapters: {len(missing)} folders do not exist, the first is {name}: {folder}; for a plan without "
+                "them say what they are, as assumed_adapters: {r: 16, lora_alpha: 16, target_modules: [q_proj, v_proj]}"
+            )
+        stand_in = _assumed_adapter(model, assumed)
+        notes.append(f"adapters: {len(missing)} of {len(config.adapters)} are not here, assumed as {dict(assumed)}")
+    if config.init_from and not Path(config.init_from).exists():
+        notes.append(f"missing: init_from = {config.init_from}; a training run needs it")
+        config = config.replace(init_from="")
+    adapters = {n: stand_in if n in missing and stand_in else aligned(model, n, f) for n, f in config.adapters}
+    put_on(model, config, adapters)
+    return notes
+
+
+def _assumed_adapter(model: PreTrainedModel, options: Mapping[str, Any]) -> LoraAdapter:
+    """An adapter without storage, of the ranks and on the linears that recipe ``lora`` with ``options`` gives."""
+
+    def matrix(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, device="meta")
+
+    modules = {
+        s.path: (matrix(s.ranks[0], s.in_features), matrix(s.out_features, s.ranks[0]), s.scales[0])
+        for s in resolve(model, RECIPES["lora"](**options), {})
+    }
+    return LoraAdapter("", modules, None)
