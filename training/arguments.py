@@ -14,6 +14,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from molora.errors import ConfigError, nearest
+from molora.training.engine import check_engine, prepare_engine, world_size
 
 __all__ = ["OWN_GROUPS", "Arguments", "DataArguments", "MixtureArguments", "ModelArguments", "read_arguments"]
 
@@ -55,6 +56,9 @@ class DataArguments:
     heldout_domains: dict[str, str] = _field({}, "Name to JSONL file that is held out; else a part of each domain is.")
     weights: dict[str, float] = _field({}, "Name to share of the training rows; 1 when not given.")
     max_length: int = _field(128, "Tokens in a row; longer texts become several rows.")
+    global_batch_size: int = _field(
+        0, "Rows of one step on all processes together: computes gradient_accumulation_steps; 0 leaves that to you."
+    )
     train_examples: int = _field(0, "Training rows of all domains together; 0 takes what there is.")
     heldout: float = _field(0.1, "Part of each domain to hold out: a share below 1, or a number of records.")
 
@@ -115,6 +119,7 @@ def read_arguments(config: Path | str | None, overrides: Sequence[str] = ()) -> 
         ConfigError: file missing or not a mapping, unknown name (with the nearest), value of a wrong type.
     """
     values: dict[str, Any] = {"output_dir": OUTPUT, "use_cpu": not torch.accelerator.is_available()}
+    values["ddp_find_unused_parameters"] = False  # packed experts: every one gets a gradient in every step
     values |= _read_yaml(Path(config)) if config is not None else {}
     known = {f.name: f for group in (*OWN_GROUPS, TrainingArguments) for f in dataclasses.fields(group) if f.init}
     for key, value in _pairs(overrides):
@@ -123,7 +128,7 @@ def read_arguments(config: Path | str | None, overrides: Sequence[str] = ()) -> 
     for key in values:
         if key not in known:
             raise ConfigError(f"{where}unknown argument {key!r}{nearest(str(key), known)}")
-    return _parse(values, where)
+    return _parse(prepare_engine({"dtype": ModelArguments.dtype, **values}), where)
 
 
 def _parse(values: Mapping[str, Any], where: str) -> Arguments:
@@ -147,6 +152,7 @@ def _parse(values: Mapping[str, Any], where: str) -> Arguments:
         ) from e
     except (ValueError, TypeError) as e:
         raise ConfigError(f"{where}{e}") from e
+    check_engine(training, values.get("deepspeed"), world_size())
     faults = _faults(data)
     if faults:
         raise ConfigError(f"{where}" + "; ".join(faults))
@@ -164,7 +170,7 @@ def _faults(data: DataArguments) -> list[str]:
     for n, w in data.weights.items():
         if isinstance(w, bool) or not isinstance(w, int | float) or w <= 0:
             out.append(f"weights: {n}: got {w!r}, expected a number above 0")
-    for key, low in (("max_length", 8), ("train_examples", 0)):
+    for key, low in (("max_length", 8), ("train_examples", 0), ("global_batch_size", 0)):
         if getattr(data, key) < low:
             out.append(f"{key}: got {getattr(data, key)}, expected at least {low}")
     return out if data.heldout > 0 else [*out, f"heldout: got {data.heldout}, expected a share or a number above 0"]

@@ -21,6 +21,7 @@ from molora.training.arguments import OUTPUT, Arguments, DataArguments, MixtureA
 from molora.training.demo_data import domain_records
 from molora.training.demo_model import model_folder, quiet_loading
 from molora.training.mixing import mix
+from molora.training.processes import EngineLine, gathered
 
 __all__ = ["Data", "Trained", "load_base", "load_tokenizer", "prepare_data", "recipe_config", "run", "train"]
 
@@ -139,11 +140,14 @@ def train(model: PreTrainedModel, tokenizer: Any, data: Data, settings: Training
         data_collator=Collator(tokenizer.pad_token_id or 0),
         processing_class=tokenizer,
     )
+    trainer.add_callback(EngineLine(trainer))
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
     seconds = time.perf_counter() - started
     folder = Path(settings.output_dir or OUTPUT)
-    model.save_pretrained(folder)
+    with gathered(model):
+        model.save_pretrained(folder, is_main_process=trainer.is_world_process_zero())
     log = trainer.state.log_history
-    (folder / "train_log.json").write_text(json.dumps(log, indent=1) + "\n")
+    if trainer.is_world_process_zero():
+        (folder / "train_log.json").write_text(json.dumps(log, indent=1) + "\n")
     return Trained(model, tokenizer, data, log, seconds, folder)
