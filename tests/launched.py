@@ -1,17 +1,32 @@
-"""Launch scripts in a shell: this environment's commands first on PATH, a port of their own, no orphans."""
+"""Launch scripts in a shell: this environment's commands first on PATH, a port of their own, no orphans. Or no launch."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from molora.training import engine
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "training" / "launch").glob("*.sh"))
 FOREIGN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NUM_GPUS", "NO_SSH", "NODE_RANK")
+
+
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No launcher's environment, a compiler, and no process group: arguments are read and nothing is started."""
+    for name in (*FOREIGN, "CXX", "ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(shutil, "which", lambda tool: f"/usr/bin/{tool}")
+    monkeypatch.setattr(engine, "prepare_cpu_engine", lambda: None)
+    monkeypatch.setattr(engine, "_world_of_one", lambda: None)
 
 
 def free_port() -> int:
