@@ -1,4 +1,4 @@
-"""Launch scripts in a shell: this environment's commands first on PATH, a port of their own, no orphans. Or no launch."""
+"""Launch scripts in a shell: this environment's commands first on PATH, a port of their own, no orphans; or none."""
 
 from __future__ import annotations
 

@@ -123,6 +123,10 @@ def test_deepspeed_by_name_in_the_file_and_on_the_command_line(tmp_path: Path) -
         read(tmp_path, deepspeed=settings(train_batch_size=7))
 
 
+def test_what_the_deepspeed_launcher_appends_is_understood(tmp_path: Path) -> None:
+    assert read(tmp_path, "--local_rank=1").training.local_rank == 1
+
+
 def test_a_global_batch_reaches_deepspeed(tmp_path: Path) -> None:
     found = read(tmp_path, "--deepspeed", "zero2", "--global_batch_size", "32").training
     assert (found.gradient_accumulation_steps, found.hf_deepspeed_config.config["train_batch_size"]) == (4, 32)

@@ -122,6 +122,8 @@ def run(arguments: Arguments, tell: Callable[[Data], None] = lambda _: None) -> 
     Held-out loss per domain is logged when ``eval_strategy`` asks for it, as ``eval_<domain>_loss``.
     """
     settings, config = arguments.training, recipe_config(arguments.mixture)
+    with settings.main_process_first():  # on each machine one process makes the copy of a built-in base
+        model_folder(arguments.model.model_name_or_path)
     tokenizer = load_tokenizer(arguments.model)
     data = prepare_data(arguments.data, tokenizer, settings.seed)
     tell(data)
