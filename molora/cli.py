@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -31,7 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-output, errors = Console(), Console(stderr=True)
+RANK = int(os.environ.get("RANK", "0"))  # of several processes that a launcher started, the first one speaks
+output, errors = Console(quiet=RANK > 0), Console(stderr=True)
 
 
 class _TrainCommand(TyperCommand):
@@ -73,6 +75,10 @@ def train(
 
     Your data: one JSONL file a domain, every line `{"text": "..."}` or `{"messages": [{"role": "user", "content":
     "..."}, {"role": "assistant", "content": "..."}]}`. Of conversations only the assistant's turns are learned.
+
+    Several GPUs: the scripts of training/launch/ start this command in several processes, by torchrun, deepspeed,
+    accelerate, from a hostfile or under SLURM; each explains itself with `--help`. `--deepspeed zero2` (zero1, zero3,
+    zero3_offload, or a JSON file) trains under DeepSpeed; `--global_batch_size 64` means the same on any number.
     """
     from molora.training.demo_model import package_folder
 
@@ -80,6 +86,7 @@ def train(
     from molora.eval.tables import data_table
     from molora.training.arguments import read_arguments
     from molora.training.plan_table import show_plan
+    from molora.training.processes import end_processes
     from molora.training.train import Data, run
 
     arguments = read_arguments(config, ctx.args)
@@ -99,6 +106,7 @@ def train(
     first_to_last = f", loss {loss[0]:.3f} at the start, {loss[-1]:.3f} at the end" if loss else ""
     output.print(f"{int(trained.log[-1]['step'])} steps in {trained.seconds:.0f} s{first_to_last}", highlight=False)
     output.print(f"adapter: {trained.folder} (molora.load(base, {str(trained.folder)!r}))", highlight=False)
+    end_processes()
 
 
 @app.command(context_settings=MORE)
@@ -183,7 +191,8 @@ def main() -> None:
 
 
 def _give_up(message: str) -> NoReturn:
-    errors.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    process = f" in process {RANK}" if RANK else ""
+    errors.print(f"[bold red]error{process}:[/] {escape(message)}", highlight=False, soft_wrap=True)
     sys.exit(2)
 
 

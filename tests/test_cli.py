@@ -33,7 +33,7 @@ def molora(
     ("command", "said"),
     [
         ([], ["train", "demo", "bench", "info"]),
-        (["train"], ["--config", "domains", "heldout_domains", "max_length", "messages", "learning_rate"]),
+        (["train"], ["--config", "domains", "heldout_domains", "max_length", "messages", "learning_rate", "zero2"]),
         (["demo"], ["--out", "--check", "runs/demo", "nothing is downloaded"]),
         (["bench"], ["--check", "--quick", "PEFT"]),
         (["info"], ["recipe"]),
@@ -88,6 +88,8 @@ def run_file(tmp_path: Path) -> Path:
         ("train --config {run} --domains.sums none.jsonl", "none.jsonl does not exist"),
         ("train --config {run} --domains.sums {run}", "run.yaml:1: not JSON"),
         ("train --config {run} --model_name_or_path nowhere", "model: nowhere does not exist"),
+        ("train --config {run} --deepspeed zeroo2", "did you mean 'zero2'"),
+        ("train --config {run} --global_batch_size 12", "global_batch_size: got 12, expected a multiple of 8"),
         ("demo --config {run} --config {run}", "expected distinct ones"),
         ("demo --train_example 1", "did you mean 'train_examples'"),
         ("info lorra", "did you mean 'lora'"),
@@ -103,6 +105,15 @@ def test_bad_input_ends_in_one_message(
     assert said in err
     assert "Traceback" not in err
     assert not (run_file.parent / "out").exists()
+
+
+def test_an_error_of_another_process_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli, "RANK", 3)
+    code, _, err = molora(capsys, monkeypatch, "info", "lorra")
+    assert code == 2
+    assert err.startswith("error in process 3: info: got 'lorra'")
 
 
 def test_trains_from_the_shell(run_file: Path) -> None:

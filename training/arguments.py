@@ -15,6 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from molora.errors import ConfigError, nearest
 from molora.records import source
+from molora.training.engine import check_engine, prepare_engine, world_size
 
 __all__ = ["OWN_GROUPS", "Arguments", "DataArguments", "MixtureArguments", "ModelArguments", "PlanArguments"]
 __all__ += ["read_arguments"]
@@ -72,6 +73,9 @@ class DataArguments:
         False,
         "Put several short texts into a row of max_length tokens, each as if alone. A batch is laid end to end, "
         "so take per_device_train_batch_size 1 and a longer max_length. Balance losses see one row.",
+    )
+    global_batch_size: int = _field(
+        0, "Rows of one step on all processes together: computes gradient_accumulation_steps; 0 leaves that to you."
     )
     train_examples: int = _field(0, "Training rows of all domains together; 0 takes what there is.")
     heldout: float = _field(0.1, "Part of each domain to hold out: a share below 1, or a number of records.")
@@ -144,6 +148,7 @@ def read_arguments(config: Path | str | None, overrides: Sequence[str] = ()) -> 
         ConfigError: file missing or not a mapping, unknown name (with the nearest), value of a wrong type.
     """
     values: dict[str, Any] = {"output_dir": OUTPUT, "use_cpu": not torch.accelerator.is_available()}
+    values["ddp_find_unused_parameters"] = False  # packed experts: every one gets a gradient in every step
     values |= _read_yaml(Path(config)) if config is not None else {}
     known = {f.name: f for group in (*OWN_GROUPS, TrainingArguments) for f in dataclasses.fields(group) if f.init}
     for key, value in _pairs(overrides):
@@ -152,7 +157,7 @@ def read_arguments(config: Path | str | None, overrides: Sequence[str] = ()) -> 
     for key in values:
         if key not in known:
             raise ConfigError(f"{where}unknown argument {key!r}{nearest(str(key), known)}")
-    return _parse(values, where)
+    return _parse(prepare_engine({"dtype": ModelArguments.dtype, **values}), where)
 
 
 def _parse(values: Mapping[str, Any], where: str) -> Arguments:
@@ -176,6 +181,7 @@ def _parse(values: Mapping[str, Any], where: str) -> Arguments:
         ) from e
     except (ValueError, TypeError) as e:
         raise ConfigError(f"{where}{e}") from e
+    check_engine(training, values.get("deepspeed"), world_size())
     faults = _faults(data)
     if faults:
         raise ConfigError(f"{where}" + "; ".join(faults))
@@ -201,7 +207,7 @@ def _faults(data: DataArguments) -> list[str]:
     for n, w in data.weights.items():
         if isinstance(w, bool) or not isinstance(w, int | float) or w <= 0:
             out.append(f"weights: {n}: got {w!r}, expected a number above 0")
-    for key, low in (("max_length", 8), ("train_examples", 0)):
+    for key, low in (("max_length", 8), ("train_examples", 0), ("global_batch_size", 0)):
         if getattr(data, key) < low:
             out.append(f"{key}: got {getattr(data, key)}, expected at least {low}")
     return out if data.heldout > 0 else [*out, f"heldout: got {data.heldout}, expected a share or a number above 0"]

@@ -19,7 +19,7 @@ from transformers import (
 
 from molora.errors import ConfigError, nearest
 from molora.training.arguments import ModelArguments
-from molora.training.train import DTYPES
+from molora.training.models import DTYPES
 
 __all__ = ["SHAPES", "base_without_storage", "known_shapes"]
 

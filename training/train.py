@@ -18,6 +18,7 @@ from molora.errors import ConfigError, nearest
 from molora.packing import check_packing
 from molora.recipes import RECIPES
 from molora.training.arguments import OUTPUT, Arguments, MixtureArguments
+from molora.training.demo_model import model_folder
 from molora.training.models import (
     CLASSES,
     IMAGES,
@@ -29,6 +30,7 @@ from molora.training.models import (
     task_of,
     with_trained_head,
 )
+from molora.training.processes import EngineLine, gathered
 from molora.training.rows import Data, prepare_data, supervised_experts
 
 __all__ = ["Data", "Trained", "load_base", "load_tokenizer", "mixture", "prepare_data", "recipe_config", "run", "train"]
@@ -67,6 +69,8 @@ def run(arguments: Arguments, tell: Callable[[Data], None] = lambda _: None) -> 
     """
     settings, config, task = arguments.training, recipe_config(arguments.mixture), task_of(arguments.model)
     experts = supervised_experts(config, arguments.data)
+    with settings.main_process_first():  # on each machine one process makes the copy of a built-in base
+        model_folder(arguments.model.model_name_or_path)
     tokenizer = load_tokenizer(arguments.model)
     encoder = load_processor(arguments.model) if task == IMAGES else tokenizer
     known = known_labels(arguments.model) if task == CLASSES else ()
@@ -107,11 +111,14 @@ def train(model: PreTrainedModel, tokenizer: Any, data: Data, settings: Training
         data_collator=Collator(tokenizer.pad_token_id or 0),
         processing_class=tokenizer,
     )
+    trainer.add_callback(EngineLine(trainer))
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
     seconds = time.perf_counter() - started
     folder = Path(settings.output_dir or OUTPUT)
-    model.save_pretrained(folder)
+    with gathered(model):
+        model.save_pretrained(folder, is_main_process=trainer.is_world_process_zero())
     log = trainer.state.log_history
-    (folder / "train_log.json").write_text(json.dumps(log, indent=1) + "\n")
+    if trainer.is_world_process_zero():
+        (folder / "train_log.json").write_text(json.dumps(log, indent=1) + "\n")
     return Trained(model, tokenizer, data, log, seconds, folder)
