@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
 
+from molora import processes
 from molora.errors import ConfigError, MoloraError
 
 __all__ = ["app", "main"]
@@ -32,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+INTERRUPTED = 130  # exit code of what Ctrl-C ended, as a shell gives it
 RANK = int(os.environ.get("RANK", "0"))  # of several processes that a launcher started, the first one speaks
 output, errors = Console(quiet=RANK > 0), Console(stderr=True)
 
@@ -42,12 +44,15 @@ class _TrainCommand(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Typer's help, then one table of our own arguments."""
         from molora.training.arguments import OWN_GROUPS
+        from molora.training.settings import TrainingArguments
 
         super().format_help(ctx, formatter)
         table = Table("argument", "meaning", "default", title="In the YAML file, or --argument value")
-        for group in OWN_GROUPS:
+        for group in (*OWN_GROUPS, TrainingArguments):
             table.add_section()
             for f in dataclasses.fields(group):
+                if group is TrainingArguments and f.name not in TrainingArguments.__annotations__:
+                    continue
                 default = "(needed)" if f.default is dataclasses.MISSING is f.default_factory else f.default
                 shown = "none" if default is dataclasses.MISSING else str(default)
                 table.add_row(f.name, escape(f.metadata["help"]), escape(shown))
@@ -73,8 +78,11 @@ def train(
     Before a large run: `molora train --config training/configs/mixlora_llama3_8b.yaml --dry-run --gpus 8`. A dry run
     needs no weights: a folder with the base's config.json, or the name of a model whose shapes are known.
 
-    Your data: one JSONL file a domain, every line `{"text": "..."}` or `{"messages": [{"role": "user", "content":
-    "..."}, {"role": "assistant", "content": "..."}]}`. Of conversations only the assistant's turns are learned.
+    Your data: one file a domain (JSON lines, Parquet, text) or `hf:name`; a JSON line is `{"text": "..."}` or
+    `{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}`. Of conversations
+    only the assistant's turns are learned.
+
+    Ctrl-C finishes the step and saves; `--resume_from_checkpoint true` goes on from the newest whole checkpoint.
 
     Several GPUs: the scripts of training/launch/ start this command in several processes, by torchrun, deepspeed,
     accelerate, from a hostfile or under SLURM; each explains itself with `--help`. `--deepspeed zero2` (zero1, zero3,
@@ -86,7 +94,6 @@ def train(
     from molora.eval.tables import data_table
     from molora.training.arguments import read_arguments
     from molora.training.plan_table import show_plan
-    from molora.training.processes import end_processes
     from molora.training.train import Data, run
 
     arguments = read_arguments(config, ctx.args)
@@ -106,7 +113,10 @@ def train(
     first_to_last = f", loss {loss[0]:.3f} at the start, {loss[-1]:.3f} at the end" if loss else ""
     output.print(f"{int(trained.log[-1]['step'])} steps in {trained.seconds:.0f} s{first_to_last}", highlight=False)
     output.print(f"adapter: {trained.folder} (molora.load(base, {str(trained.folder)!r}))", highlight=False)
-    end_processes()
+    processes.leave()
+    if trained.interrupted:
+        output.print("interrupted: go on with the same command and --resume_from_checkpoint true", highlight=False)
+        raise typer.Exit(INTERRUPTED)
 
 
 @app.command(context_settings=MORE)

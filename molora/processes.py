@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["anywhere", "count", "total"]
+__all__ = ["anywhere", "count", "leave", "total"]
 
 
 def count() -> int:
@@ -30,3 +30,10 @@ def anywhere(flag: bool, device: torch.device | str = "cpu") -> bool:
     if count() == 1:
         return flag
     return bool(total(torch.tensor(float(flag), device=device)) > 0)
+
+
+def leave() -> None:
+    """Leave the process group, if there is one, when all processes are done."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()

@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from molora.errors import ConfigError
 from molora.training import engine
 from molora.training.arguments import Arguments, read_arguments
-from molora.training.processes import describe_engine
+from molora.training.engine_line import describe_engine
 from tests.launched import no_engine
 
 

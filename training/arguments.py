@@ -11,11 +11,12 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser
 
 from molora.errors import ConfigError, nearest
 from molora.records import source
 from molora.training.engine import check_engine, prepare_engine, world_size
+from molora.training.settings import TrainingArguments
 
 __all__ = ["OWN_GROUPS", "Arguments", "DataArguments", "MixtureArguments", "ModelArguments", "PlanArguments"]
 __all__ += ["read_arguments"]

@@ -31,9 +31,17 @@ class WholeCheckpoints(transformers.Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter folder; gathered where parameters are sharded, so every process has to call it."""
-        state = sharded.adapter_state(self.model) if self.is_deepspeed_enabled else None
+        state = self._adapter_state()
         if self.args.should_save:
             self._save(output_dir, state_dict=state)
+
+    def save_adapter(self, folder: Path | str) -> None:
+        """Write the adapter folder and nothing else (no tokenizer, no arguments). Every process has to call it."""
+        state = self._adapter_state()
+        self.model.save_pretrained(folder, is_main_process=self.is_world_process_zero(), state_dict=state)
+
+    def _adapter_state(self) -> Any:
+        return sharded.adapter_state(self.model) if hasattr(self.model_wrapped, "zero_optimization_stage") else None
 
     def _get_output_dir(self, trial: Any) -> str:
         folder = super()._get_output_dir(trial)
@@ -102,7 +110,7 @@ class WholeCheckpoints(transformers.Trainer):
 
     def _to_resume(self, asked: Any) -> Path | None:
         """One process looks, since the digests of all files are taken; what it found or what is wrong holds for all."""
-        if asked in (None, False, ""):
+        if asked in (None, False, "", "false", "False"):
             return None
         answer: list[Any] = [None, None]
         if processes.count() == 1 or distributed.get_rank() == 0:

@@ -1,4 +1,4 @@
-"""The training job: arguments -> data, base, mixture -> transformers' own Trainer -> adapter folder."""
+"""The training job: arguments -> data, base, mixture -> Trainer -> adapter folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from molora.config import MoloraConfig
 from molora.convert import convert
@@ -19,6 +19,7 @@ from molora.packing import check_packing
 from molora.recipes import RECIPES
 from molora.training.arguments import OUTPUT, Arguments, MixtureArguments
 from molora.training.demo_model import model_folder
+from molora.training.engine_line import EngineLine
 from molora.training.models import (
     CLASSES,
     IMAGES,
@@ -30,15 +31,18 @@ from molora.training.models import (
     task_of,
     with_trained_head,
 )
-from molora.training.processes import EngineLine, gathered
 from molora.training.rows import Data, prepare_data, supervised_experts
+from molora.training.trainer import Trainer
 
 __all__ = ["Data", "Trained", "load_base", "load_tokenizer", "mixture", "prepare_data", "recipe_config", "run", "train"]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run: the converted model, what it learned from, and the Trainer's log."""
+    """A finished run: the converted model, what it learned from, and the Trainer's log.
+
+    ``interrupted``: somebody ended it early; its newest checkpoint is where it stopped.
+    """
 
     model: PreTrainedModel
     tokenizer: Any
@@ -46,6 +50,7 @@ class Trained:
     log: list[dict[str, float]]
     seconds: float
     folder: Path
+    interrupted: bool = False
 
 
 def recipe_config(arguments: MixtureArguments) -> MoloraConfig:
@@ -101,7 +106,7 @@ def mixture(arguments: Arguments, data: Data, tokenizer: Any) -> PreTrainedModel
 
 
 def train(model: PreTrainedModel, tokenizer: Any, data: Data, settings: TrainingArguments) -> Trained:
-    """Train a converted model with transformers' Trainer and save its adapter folder."""
+    """Train a converted model and save its adapter folder."""
     set_seed(settings.seed)
     trainer = Trainer(
         model=model,
@@ -116,9 +121,8 @@ def train(model: PreTrainedModel, tokenizer: Any, data: Data, settings: Training
     trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
     seconds = time.perf_counter() - started
     folder = Path(settings.output_dir or OUTPUT)
-    with gathered(model):
-        model.save_pretrained(folder, is_main_process=trainer.is_world_process_zero())
+    trainer.save_adapter(folder)
     log = trainer.state.log_history
     if trainer.is_world_process_zero():
         (folder / "train_log.json").write_text(json.dumps(log, indent=1) + "\n")
-    return Trained(model, tokenizer, data, log, seconds, folder)
+    return Trained(model, tokenizer, data, log, seconds, folder, trainer.interrupt.interrupted)

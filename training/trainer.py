@@ -19,6 +19,7 @@ from molora.routers import update_biases
 from molora.training.finite import NonFiniteError, first_nonfinite, nonfinite_gradient
 from molora.training.interrupt import SaveOnInterrupt
 from molora.training.meter import RoutingMeter, warnings_of
+from molora.training.order import grouped_by_length
 from molora.training.saving import WholeCheckpoints
 
 __all__ = ["Trainer"]
@@ -94,6 +95,10 @@ class Trainer(WholeCheckpoints):
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = cls(settings, **options)
         return super().create_optimizer(model)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return grouped_by_length(self.args, rows) or super()._get_train_sampler(train_dataset)
 
     # One step
 
