@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
 from transformers import HfArgumentParser
 
 from molora.errors import ConfigError, nearest
 from molora.records import source
 from molora.training.engine import check_engine, prepare_engine, world_size
 from molora.training.settings import TrainingArguments
+from molora.training.yaml_values import parse_yaml, read_yaml
 
 __all__ = ["OWN_GROUPS", "Arguments", "DataArguments", "MixtureArguments", "ModelArguments", "PlanArguments"]
 __all__ += ["read_arguments"]
@@ -119,22 +118,6 @@ def _plain(value: Any) -> Any:
     return getattr(value, "value", value)  # transformers' enumerations
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # yaml carries no types
-    """Safe YAML that reads 1e-3 as a number, as YAML 1.2 and everyone who writes a learning rate do."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), [*"-+.0123456789"]
-)
-
-
-def _yaml(text: str, name: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader: plain values only
-    except yaml.YAMLError as e:
-        raise ConfigError(f"{name} is not YAML: {e}") from e
-
-
 class _Parser(HfArgumentParser):
     """HfArgumentParser that raises instead of printing the usage of a hundred arguments."""
 
@@ -150,7 +133,7 @@ def read_arguments(config: Path | str | None, overrides: Sequence[str] = ()) -> 
     """
     values: dict[str, Any] = {"output_dir": OUTPUT, "use_cpu": not torch.accelerator.is_available()}
     values["ddp_find_unused_parameters"] = False  # packed experts: every one gets a gradient in every step
-    values |= _read_yaml(Path(config)) if config is not None else {}
+    values |= read_yaml(Path(config)) if config is not None else {}
     known = {f.name: f for group in (*OWN_GROUPS, TrainingArguments) for f in dataclasses.fields(group) if f.init}
     for key, value in _pairs(overrides):
         _set(values, key, value)
@@ -214,18 +197,6 @@ def _faults(data: DataArguments) -> list[str]:
     return out if data.heldout > 0 else [*out, f"heldout: got {data.heldout}, expected a share or a number above 0"]
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"{path} does not exist; expected a YAML file of arguments (see training/configs/)")
-    try:
-        values = _yaml(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError as e:
-        raise ConfigError(f"{path} is not UTF-8 text") from e
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: got {type(values).__name__}, expected a mapping of argument names to values")
-    return values
-
-
 def _pairs(overrides: Sequence[str]) -> list[tuple[str, str]]:
     """``--key value`` and ``--key=value`` as pairs; a flag by itself is ``true``."""
     pairs, rest = [], list(overrides)
@@ -246,6 +217,6 @@ def _set(values: dict[str, Any], key: str, text: str) -> None:
     head, dot, tail = key.partition(".")
     if dot:
         inner = values.get(head) or {}
-        values[head] = {**inner, tail: _yaml(text, f"--{key}")} if isinstance(inner, Mapping) else inner
+        values[head] = {**inner, tail: parse_yaml(text, f"--{key}")} if isinstance(inner, Mapping) else inner
     else:
-        values[head] = _yaml(text, f"--{key}") if text.startswith(("{", "[")) else text
+        values[head] = parse_yaml(text, f"--{key}") if text.startswith(("{", "[")) else text

@@ -15,13 +15,17 @@ from molora.convert import aligned, put_on
 from molora.errors import ConfigError
 from molora.interop.peft_lora import LoraAdapter
 from molora.recipes import RECIPES
+from molora.records import source
 from molora.resolve import resolve
+from molora.sources import HUB
 from molora.training.arguments import Arguments, DataArguments
 from molora.training.demo_data import BUILTIN_DOMAINS, domain_records
 from molora.training.demo_model import BUILTIN
+from molora.training.models import IMAGES, load_processor, task_of
 from molora.training.plan import Batch, Plan, plan
+from molora.training.rows import prepare_data
 from molora.training.shapes import base_without_storage
-from molora.training.train import load_tokenizer, prepare_data, recipe_config
+from molora.training.train import load_tokenizer, recipe_config
 
 __all__ = ["DryRun", "dry_run"]
 
@@ -52,7 +56,7 @@ def dry_run(arguments: Arguments, gpus: int = 1) -> DryRun:
     notes += _convert(model, config, arguments.plan.assumed_adapters)
     batch = Batch(
         micro=settings.per_device_train_batch_size,
-        accumulation=settings.gradient_accumulation_steps,
+        accumulation=_accumulation(arguments, gpus),
         gpus=gpus,
         length=arguments.data.max_length,
     )
@@ -68,6 +72,14 @@ def dry_run(arguments: Arguments, gpus: int = 1) -> DryRun:
     return DryRun(found, tuple(notes))
 
 
+def _accumulation(arguments: Arguments, gpus: int) -> int:
+    """Accumulated micro-steps; for a global batch size, those of ``gpus`` GPUs and not of the processes here."""
+    wanted, at_once = arguments.data.global_batch_size, arguments.training.per_device_train_batch_size * gpus
+    if wanted % at_once:
+        raise ConfigError(f"global_batch_size: got {wanted}, expected a multiple of {at_once} on {gpus} GPUs")
+    return wanted // at_once or arguments.training.gradient_accumulation_steps
+
+
 def _rows(arguments: Arguments) -> tuple[int | None, list[str]]:
     """Training rows as far as they can be known, and where the number is from."""
     data, assumed = arguments.data, arguments.plan.assumed_rows
@@ -79,7 +91,10 @@ def _rows(arguments: Arguments) -> tuple[int | None, list[str]]:
     name = arguments.model.model_name_or_path
     if not missing and not name.startswith(BUILTIN) and Path(name).is_dir():
         tokenizer = load_tokenizer(arguments.model)
-        return len(prepare_data(data, tokenizer, arguments.training.seed).train), [*notes, "rows: counted"]
+        task = task_of(arguments.model)
+        encoder = load_processor(arguments.model) if task == IMAGES else tokenizer
+        found = prepare_data(data, encoder, arguments.training.seed, task)
+        return len(found.train), [*notes, "rows: counted"]
     why = "data files are missing" if missing else "counting needs a model folder with its tokenizer"
     if assumed:
         return assumed, [*notes, f"rows: as assumed_rows says, since {why}"]
@@ -87,12 +102,12 @@ def _rows(arguments: Arguments) -> tuple[int | None, list[str]]:
 
 
 def _missing(data: DataArguments) -> dict[str, str]:
-    sources = {f"domains.{k}": v for k, v in data.domains.items()}
-    sources |= {f"heldout_domains.{k}": v for k, v in data.heldout_domains.items()}
-    for source in sources.values():
-        if source.startswith(BUILTIN) and source.removeprefix(BUILTIN) not in BUILTIN_DOMAINS:
-            domain_records(source)  # raises, and says which there are
-    return {k: v for k, v in sources.items() if not v.startswith(BUILTIN) and not Path(v).exists()}
+    sources = {f"domains.{k}": source(v).path for k, v in data.domains.items()}
+    sources |= {f"heldout_domains.{k}": source(v).path for k, v in data.heldout_domains.items()}
+    for path in sources.values():
+        if path.startswith(BUILTIN) and path.removeprefix(BUILTIN) not in BUILTIN_DOMAINS:
+            domain_records(path)  # raises, and says which there are
+    return {k: v for k, v in sources.items() if not v.startswith((BUILTIN, HUB)) and not Path(v).exists()}
 
 
 def _convert(model: PreTrainedModel, config: MoloraConfig, assumed: Mapping[str, Any]) -> list[str]:

@@ -10,16 +10,18 @@ import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
 from molora.errors import ConfigError, nearest
 from molora.training.arguments import ModelArguments
-from molora.training.models import DTYPES
+from molora.training.models import CLASSES, DTYPES
 
 __all__ = ["SHAPES", "base_without_storage", "known_shapes"]
 
@@ -47,6 +49,8 @@ def base_without_storage(arguments: ModelArguments) -> PreTrainedModel:
         (MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM),
         (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText),
     )
+    if arguments.model_task == CLASSES:
+        pairs = ((MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoModelForSequenceClassification),)
     for mapping, auto in pairs:
         if type(config) in mapping:
             with torch.device("meta"):
