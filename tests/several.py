@@ -73,18 +73,6 @@ def deepspeed_config(stage: int) -> dict[str, Any]:
     return {**sizes, "gradient_clipping": "auto", "zero_optimization": zero, "zero_allow_untested_optimizer": True}
 
 
-def used_experts(it: Any) -> dict[str, set[int]]:
-    """Which experts this process's rows choose, by router."""
-    import molora
-
-    rows = it.train_dataset[4 * distributed.get_rank() :][:4]
-    batch = {k: torch.tensor([row[k] for row in rows]) for k in ("input_ids", "attention_mask")}
-    with molora.record_routing(it.model) as tape, torch.no_grad():
-        it.model(**batch)
-    routed = {s: [r for r in rs if r.num_experts > 1] for s, rs in tape.items()}
-    return {s: {e for r in rs for e in r.slot_ids()[r.valid].flatten().tolist()} for s, rs in routed.items() if rs}
-
-
 def engine_of(it: Any) -> str:
     """What really trained, asked of the objects themselves."""
     kind = type(it.model_wrapped).__name__
@@ -104,10 +92,6 @@ def main(folder: Path) -> None:
                 try:
                     it, result = train(recipe, variant, folder / name, engine, per_device_train_batch_size=4)
                     result["engine"] = engine_of(it)
-                    if variant == "apart" and engine == "ddp":
-                        used: list[Any] = [None, None]
-                        distributed.all_gather_object(used, used_experts(it))
-                        result["used"] = used
                 except Exception:
                     result = {"error": traceback.format_exc()}
                     if not first:
