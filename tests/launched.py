@@ -36,13 +36,18 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def environment(path: tuple[Path | str, ...] = (), **variables: str) -> dict[str, str]:
+    """This one without any launcher's marks, and with ``variables``; programs are looked for in ``path`` first."""
+    kept = {k: v for k, v in os.environ.items() if k not in FOREIGN and not k.startswith(("SLURM_", "ACCELERATE_"))}
+    commands = os.pathsep.join(map(str, (*path, Path(sys.executable).parent, kept["PATH"])))
+    return {**kept, "PATH": commands, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200", **variables}
+
+
 def launch(
     script: str, *arguments: str, path: tuple[Path | str, ...] = (), seconds: int = 240, **variables: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a script; when its time is up, end it with every process that it started."""
-    kept = {k: v for k, v in os.environ.items() if k not in FOREIGN and not k.startswith(("SLURM_", "ACCELERATE_"))}
-    commands = os.pathsep.join(map(str, (*path, Path(sys.executable).parent, kept["PATH"])))
-    env = {**kept, "PATH": commands, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "200", **variables}
+    env = environment(path, **variables)
     command = [str(ROOT / "training" / "launch" / script), *arguments]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True) as process:

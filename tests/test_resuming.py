@@ -13,7 +13,7 @@ import molora
 from tests import resuming, tiny
 from tests.behaviours import assert_same
 from tests.conftest import close
-from tests.launches import launch
+from tests.programs import program
 
 pytestmark = pytest.mark.dist
 KILLS = 20
@@ -22,7 +22,7 @@ MODES = ("every step", "random", "full disk")
 
 def halves(folder: Path, processes: int) -> Path:
     """Both halves of every case, each half in processes of its own."""
-    printed = [launch("tests.resuming", half, folder, processes=processes) for half in ("begin", "go on")]
+    printed = [program("tests.resuming", half, folder, processes=processes) for half in ("begin", "go on")]
     (folder / "printed").write_text("\n".join(printed))
     return folder
 
@@ -78,7 +78,7 @@ def test_checkpoints_hold_the_adapter_and_load_in_a_plain_process(engine: str, t
 
 @pytest.fixture(scope="module")
 def universal(two: Path) -> Path:
-    (two / "printed").write_text(launch("tests.resuming", "alone", two, processes=1))
+    (two / "printed").write_text(program("tests.resuming", "alone", two, processes=1))
     return two
 
 
@@ -95,7 +95,7 @@ def test_one_process_goes_on_with_the_universal_checkpoint_of_two(engine: str, u
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("crashes")
-    printed = launch("tests.checkpoint_crashes", folder, str(KILLS), processes=0)
+    printed = program("tests.checkpoint_crashes", folder, str(KILLS), processes=0)
     path = folder / "faults.json"
     assert path.exists(), printed[-3000:]
     return dict(json.loads(path.read_text()))

@@ -11,7 +11,7 @@ import torch
 import molora
 from tests import several, tiny
 from tests.conftest import close
-from tests.launches import launch
+from tests.programs import program
 from tests.several import ENGINES, KEYS, VARIANTS
 from tests.training_runs import build
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.dist
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
-    (folder / "printed").write_text(launch("tests.several", folder))
+    (folder / "printed").write_text(program("tests.several", folder))
     return folder
 
 

@@ -13,7 +13,7 @@ from molora.install import HEAD
 from tests import tiny, zero3_uses
 from tests.conftest import close
 from tests.folders import contents
-from tests.launches import launch
+from tests.programs import program
 from tests.training_runs import data
 
 pytestmark = pytest.mark.dist
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.dist
 def uses(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("zero3")
     zero3_uses.model_folder(folder)
-    (folder / "printed").write_text(launch("tests.zero3_uses", folder))
+    (folder / "printed").write_text(program("tests.zero3_uses", folder))
     return folder
 
 

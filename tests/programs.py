@@ -12,7 +12,7 @@ LIMIT = 600  # seconds
 MARKS = ("ACCELERATE_USE_CPU", "ACCELERATE_USE_DEEPSPEED", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")
 
 
-def launch(module: str, *arguments: str | Path, processes: int = 2) -> str:
+def program(module: str, *arguments: str | Path, processes: int = 2) -> str:
     """Run ``module``, by torchrun unless ``processes`` is 0, and return what it printed."""
     environment = {k: v for k, v in os.environ.items() if k not in MARKS}
     environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
