@@ -35,7 +35,7 @@ class RoutedModule(nn.Module):
         self.site, self.placement, self.owner, self.router = site, placement, owner, router
         self.always_on = placement.router.kind == "fixed"
         self.model_wide = placement.router.scope == "model"
-        self.has_loss = any(b.coef > 0 for b in placement.balance) and router is not None
+        self.is_balanced = any(b.coef > 0 or BALANCES[b.kind].at_router for b in placement.balance)
 
     def route(self, x_TI: Tensor) -> Routing:
         """The routing of this module's tokens (T, I); computed by its router, or left by the block's leading site.
@@ -48,8 +48,8 @@ class RoutedModule(nn.Module):
             return self._model_wide(frame, x_TI.shape[0], x_TI.device)
         if self.router is None:
             return self._of_block(x_TI.shape[0])
-        if frame is None and self.has_loss and self.training and torch.is_grad_enabled():
-            raise self._lost("a balance or gate loss")
+        if frame is None and self.is_balanced and self.training and torch.is_grad_enabled():
+            raise self._lost("the place for a balance or gate loss")
         routing = self._ask(x_TI, frame)
         if self.site.block:
             context.scratch()[self.site.block] = routing
@@ -90,7 +90,7 @@ class RoutedModule(nn.Module):
         return MoloraError(
             f"{self.site.path}: {what} is not there: the layer runs outside of the converted model's forward. Call the "
             "model itself; for activation checkpointing use the model's own (the Trainer flag or "
-            "gradient_checkpointing_enable()), not that of FSDP or DeepSpeed"
+            "gradient_checkpointing_enable()), not that of FSDP or DeepSpeed; for TRL molora.training.sft.SFTTrainer"
         )
 
     def report(self, routing: Routing, frame: Frame | None, x_TI: Tensor) -> None:

@@ -6,19 +6,26 @@ case leaves a file with what it logged and what it trained; test_several.py comp
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import TrainerCallback
 
 from molora.training import sharded
+from molora.training.finite import NonFiniteError
 from tests import tiny
+from tests.test_hf_trainer import STRONG
 from tests.training_runs import SMOOTH, build, data, logged, trainer
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3")
@@ -79,26 +86,99 @@ def engine_of(it: Any) -> str:
     return f"{kind} {sharded.stage(it.model_wrapped)}" if kind == "DeepSpeedEngine" else kind
 
 
-def main(folder: Path) -> None:
-    """Every case, in the order of ENGINES; DDP comes first because DeepSpeed leaves its mark on the environment."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    torch.set_num_threads(1)
-    first = int(os.environ["RANK"]) == 0
+def fully_sharded(recipe: str) -> dict[str, Any]:
+    """A plain loop over torch's FSDP2, ``fully_shard``, with half of the rows on each process."""
+    model = build(recipe).train()
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    rows = rows_of("mixed", model)
+    first = 4 * distributed.get_rank()
+    losses = plain_loop(model, rows[first : first + 4], rows, processes=2)
+    state = {n: p.full_tensor().detach() for n, p in model.named_parameters() if p.requires_grad}
+    return {"losses": losses, "state": state}
+
+
+def plain_loop(model: Any, own: list[dict[str, Any]], rows: list[dict[str, Any]], processes: int = 1) -> list[float]:
+    """Three steps of SGD by hand. FSDP and DDP average the gradients, so the loss counts once for each process."""
+    N = sum(label != -100 for row in rows for label in row["labels"][1:])
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(3):
+        batch = {k: torch.tensor([row[k] for row in own]) for k in own[0]}
+        loss = model(**batch, num_items_in_batch=N).loss
+        (loss * processes).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def batch_scope(recipe: str, folder: Path) -> dict[str, Any]:
+    """The published pooling, whose f is taken over the tokens of both processes."""
+    options = {"balance_scope": "batch"}
+    it, result = train(recipe, "mixed", folder, "ddp", per_device_train_batch_size=4, options=options)
+    return result
+
+
+def not_finite(folder: Path) -> dict[str, Any]:
+    """A base that is broken in the second process only: both have to stop, and say why."""
+
+    class Poison(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            if distributed.get_rank() == 1:  # not before: DDP gives all processes the weights of the first
+                model.model.embed_tokens.weight.data.fill_(torch.inf)
+
+    it = trainer(build("mola"), folder, **ARGUMENTS, per_device_train_batch_size=4)
+    it.add_callback(Poison())
+    said: list[Any] = [None, None]
+    try:
+        it.train()
+        own = "nothing"
+    except NonFiniteError as e:
+        own = str(e)
+    distributed.all_gather_object(said, own)
+    return {"said": said}
+
+
+def cases(folder: Path) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Every case by name. DDP comes first, because DeepSpeed leaves its mark on the environment."""
+    out: dict[str, Callable[[], dict[str, Any]]] = {}
+
+    def under(engine: str, recipe: str, variant: str) -> dict[str, Any]:
+        name = f"{engine}-{recipe}-{variant}"
+        it, result = train(recipe, variant, folder / name, engine, per_device_train_batch_size=4)
+        return result | {"engine": engine_of(it)}
+
+    for recipe in STRONG:
+        out[f"batch-{recipe}"] = functools.partial(batch_scope, recipe, folder / f"batch-{recipe}")
+    out["not-finite"] = functools.partial(not_finite, folder / "not-finite")
+    for recipe in tiny.RECIPES:
+        out[f"fsdp2-{recipe}"] = functools.partial(fully_sharded, recipe)
     for engine in ENGINES:
         for recipe in tiny.RECIPES:
             for variant in VARIANTS:
-                AcceleratorState._reset_state(reset_partial_state=True)
-                name = f"{engine}-{recipe}-{variant}"
-                try:
-                    it, result = train(recipe, variant, folder / name, engine, per_device_train_batch_size=4)
-                    result["engine"] = engine_of(it)
-                except Exception:
-                    result = {"error": traceback.format_exc()}
-                    if not first:
-                        print(result["error"], file=sys.stderr)
-                if first:
-                    torch.save(result, folder / f"{name}.pt")
-                    print(json.dumps({"done": name, "error": result.get("error", "")[-300:]}), flush=True)
+                out[f"{engine}-{recipe}-{variant}"] = functools.partial(under, engine, recipe, variant)
+    return out
+
+
+def main(folder: Path) -> None:
+    """Every case, each with its result or its error."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    torch.set_num_threads(1)
+    first = int(os.environ["RANK"]) == 0
+    for name, case in cases(folder).items():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        try:
+            result = case()
+        except Exception:
+            result = {"error": traceback.format_exc()}
+            if not first:
+                print(result["error"], file=sys.stderr)
+        if first:
+            torch.save(result, folder / f"{name}.pt")
+            print(json.dumps({"done": name, "error": result.get("error", "")[-300:]}), flush=True)
     distributed.barrier()
     os._exit(0)  # the backends' teardown aborts once in a while, when all is done
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ class Trainer(WholeCheckpoints):
     - ``router_learning_rate`` and ``router_weight_decay``; a checkpoint on Ctrl-C (``save_on_interrupt``).
 
     Raises:
-        ConfigError: for a model that was not converted, or several GPUs in one process.
+        ConfigError: for a model that was not converted, several GPUs in one process, or FSDP.
     """
 
     def __init__(self, model: Any = None, args: Any = None, **kwargs: Any) -> None:
@@ -56,6 +57,11 @@ class Trainer(WholeCheckpoints):
         if not isinstance(whole, MixtureModel):
             raise ConfigError(
                 f"Trainer: got a {type(model).__name__}, expected a model that convert() or load() returned"
+            )
+        if getattr(args, "fsdp", None) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true", "yes"):
+            raise ConfigError(
+                "fsdp: accelerate trains without it on a CPU and does not say so, and checkpoints are not gathered "
+                "from it; take deepspeed zero3, which shards the same, or torch's fully_shard in a loop of your own"
             )
         super().__init__(model=model, args=args, **kwargs)
         if self.args.n_gpu > 1:
@@ -108,11 +114,11 @@ class Trainer(WholeCheckpoints):
         """The model's own loss; while training, the routing is counted and the loss looked at."""
         given = dict(inputs)
         if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return self._model_loss(model, inputs, return_outputs, num_items_in_batch)
         owner = self.model._molora.owner
         self._meter.outer = context.tape_of(owner)
         with context.taping(owner, self._meter if self._option("log_routing") else self._meter.outer):
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            loss, outputs = self._model_loss(model, inputs, True, num_items_in_batch)
         self._meter.digest()
         aux = outputs.get("aux_loss") if isinstance(outputs, dict) else None
         if aux is not None:
@@ -120,6 +126,9 @@ class Trainer(WholeCheckpoints):
         if self._option("check_finite") and processes.anywhere(not bool(torch.isfinite(loss.detach())), loss.device):
             self._stop("the loss", first_nonfinite(self.model, given))
         return (loss, outputs) if return_outputs else loss
+
+    def _model_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs)
 
     def _share(self, inputs: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         """The part of the step's predicted labels that is in this micro-batch."""
