@@ -5,6 +5,7 @@
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
+#SBATCH --signal=TERM@180
 # Several machines under SLURM: one torchrun on each.
 set -euo pipefail
 
@@ -14,7 +15,9 @@ Usage: sbatch [--nodes N --gpus-per-node G ...] slurm.sh CONFIG.yaml [--argument
 
 Starts one torchrun on each machine of the job: DistributedDataParallel, or DeepSpeed if the arguments say so
 (`--deepspeed zero2`). Submit it from where CONFIG.yaml is, with the environment active; options of sbatch win over the
-lines at the top of this file.
+lines at the top of this file. Three minutes before its time is up the job gets a signal, saves and stops (torchrun
+waits 30 seconds for that: one step and the save have to fit); with
+`--resume_from_checkpoint auto` the same command, submitted again, goes on from there (and starts anew the first time).
 
 Environment:
   NUM_GPUS         processes on each machine (default: SLURM_GPUS_ON_NODE)
