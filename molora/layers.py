@@ -35,7 +35,8 @@ class RoutedModule(nn.Module):
         self.site, self.placement, self.owner, self.router = site, placement, owner, router
         self.always_on = placement.router.kind == "fixed"
         self.model_wide = placement.router.scope == "model"
-        self.is_balanced = any(b.coef > 0 or BALANCES[b.kind].at_router for b in placement.balance)
+        self.has_loss = any(b.coef > 0 for b in placement.balance)
+        self.is_counted = any(BALANCES[b.kind].at_router for b in placement.balance)
 
     def route(self, x_TI: Tensor) -> Routing:
         """The routing of this module's tokens (T, I); computed by its router, or left by the block's leading site.
@@ -48,13 +49,17 @@ class RoutedModule(nn.Module):
             return self._model_wide(frame, x_TI.shape[0], x_TI.device)
         if self.router is None:
             return self._of_block(x_TI.shape[0])
-        if frame is None and self.is_balanced and self.training and torch.is_grad_enabled():
+        if frame is None and self.training and torch.is_grad_enabled() and (self.has_loss or self._uncounted()):
             raise self._lost("the place for a balance or gate loss")
         routing = self._ask(x_TI, frame)
         if self.site.block:
             context.scratch()[self.site.block] = routing
         self.report(routing, frame, x_TI)
         return routing
+
+    def _uncounted(self) -> bool:
+        """Whether a loss-free bias would miss these tokens; a recompute in the backward pass was counted before."""
+        return self.is_counted and torch._C._current_graph_task_id() == -1
 
     def _ask(self, x_TI: Tensor, frame: Frame | None) -> Routing:
         config, router = self.placement.gate, cast(nn.Module, self.router)
