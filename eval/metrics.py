@@ -14,6 +14,9 @@ from torch import Tensor
 
 __all__ = [
     "assignment_counts",
+    "coefficient_of_variation",
+    "dead",
+    "effective_experts",
     "entropy",
     "group_counts",
     "load",
@@ -63,6 +66,24 @@ def max_violation(load_ME: Tensor, experts_M: Tensor) -> Tensor:
 def entropy(load_ME: Tensor, experts_M: Tensor) -> Tensor:
     """Entropy of the load over log E per site: 1 when balanced, 0 when collapsed."""
     return -torch.xlogy(load_ME, load_ME).sum(-1) / experts_M.to(load_ME.dtype).log()
+
+
+def coefficient_of_variation(load_E: Tensor) -> Tensor:
+    """Standard deviation of the load over its mean, over the last dimension: 0 balanced, sqrt(E - 1) collapsed.
+
+    Shazeer et al. (arXiv 1701.06538), whose importance loss is its square.
+    """
+    return load_E.std(-1, correction=0) / load_E.mean(-1).clamp_min(1e-12)
+
+
+def dead(load_E: Tensor) -> Tensor:
+    """Which experts get less than a tenth of the balanced load, (..., E) bool."""
+    return load_E < 0.1 / load_E.shape[-1]
+
+
+def effective_experts(load_E: Tensor) -> Tensor:
+    """``exp(H(load))``: how many experts, used evenly, have this entropy; from 1 to E. 0 where nothing was counted."""
+    return torch.where(load_E.sum(-1) > 0, (-torch.xlogy(load_E, load_E).sum(-1)).exp(), 0.0)
 
 
 def mutual_information(counts_GME: Tensor) -> Tensor:
