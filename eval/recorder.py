@@ -41,6 +41,7 @@ class RoutingRecorder(RoutingStats):
         size = getattr(config.get_text_config(), "vocab_size", 0) if vocabulary else 0
         super().__init__(routed_sites(model), seed, samples, size or 0)
         self._sample_tokens = sample_tokens
+        self._columns = [torch.arange(c.start, c.stop) for c in map(self.columns, range(len(self.sites)))]
         self._index = {s.path: i for i, s in enumerate(self.sites)}
         self._model = model
         self._seen: dict[int, Seen] = {}
@@ -48,7 +49,8 @@ class RoutingRecorder(RoutingStats):
         self._tokens: dict[str, Tensor] = {}
         self._domain: str | Sequence[str] = "all"
         self._named = False
-        self._batch: dict[int, Tensor] = {}
+        self._place = self._blocks()
+        self._batch: dict[int, Tensor] = {}  # picks since the batch began, by number of experts
         self._with_words = self._sites_with_vocabulary()
 
     @contextlib.contextmanager
@@ -100,12 +102,12 @@ class RoutingRecorder(RoutingStats):
             ids = routing.ids
             alike[routing.logits.shape, None if ids is None else ids.shape, id(valid_BS)].append(one)
         tops: dict[int, Tensor] = {}
-        unit_NC = torch.zeros(len(self._rows), sum(s.experts for s in self.sites), dtype=torch.float64)
+        unit_NC = torch.zeros(len(self._rows), sum(map(len, self._columns)), dtype=torch.float64)
         for group in alike.values():
             found, valid_BS = tally([r for _, r, _ in group], group[0][2]), group[0][2]
             for m, (i, _, _) in enumerate(group):
-                self.sums[i] = self.sums[i].to(found.sums.device).add_(found.sums[m])
                 tops[i] = found.top_MT[m]
+            self._add_sums(group, found)
             self._add_rows(group, found, unit_NC)
             self._add_words(group, found, valid_BS)
             self._add_samples(group, valid_BS)
@@ -114,15 +116,39 @@ class RoutingRecorder(RoutingStats):
             if bool(counts.any()):
                 self.add_unit(domain, document, counts)
 
+    def _blocks(self) -> dict[int, tuple[int, int]]:
+        """Sums of sites with as many experts side by side: one operation adds to all. (E, row) by site."""
+        place: dict[int, tuple[int, int]] = {}
+        for i, s in enumerate(self.sites):
+            place[i] = s.experts, sum(s.experts == E for E, _ in place.values())
+        self._block = {E: torch.stack([self.sums[i] for i in place if place[i][0] == E]) for E, _ in place.values()}
+        self.show(None)
+        return place
+
+    def show(self, device: torch.device | None) -> None:
+        """Let ``sums`` be the rows of the blocks, on ``device`` if one is given."""
+        self._block = {E: t.to(device) if device else t for E, t in self._block.items()}
+        rows = {E: iter(t) for E, t in self._block.items()}
+        self.sums = [next(rows[s.experts]) for s in self.sites]
+
+    def _add_sums(self, group: list[Seen], found: Tally) -> None:
+        device, E = found.sums.device, found.picks_MBE.shape[-1]
+        if self._block[E].device != device:
+            self.show(device)
+        rows = torch.tensor([self._place[i][1] for i, _, _ in group], device=device)
+        self._block[E].index_add_(0, rows, found.sums)
+        if E not in self._batch:
+            self._batch[E] = torch.zeros(len(self._block[E]), E, dtype=torch.float64, device=device)
+        self._batch[E].index_add_(0, rows, found.picks_MBE.sum(1))
+
     def _add_rows(self, group: list[Seen], found: Tally, unit_NC: Tensor) -> None:
-        picks_MBE = found.picks_MBE.cpu()
-        B, N = picks_MBE.shape[1], len(self._rows)
-        owner_B = torch.arange(B) // (B // N) if B % N == 0 else torch.zeros(B, dtype=torch.int64)
-        for m, (i, _, _) in enumerate(group):
-            unit_NC[:, self.columns(i)].index_add_(0, owner_B, picks_MBE[m])
-            before = self._batch.get(i)
-            now = found.picks_MBE[m].sum(0)
-            self._batch[i] = now if before is None else before + now
+        rows_BC = found.picks_MBE.transpose(0, 1).flatten(1).cpu()
+        B, N = len(rows_BC), len(unit_NC)
+        columns = torch.cat([self._columns[i] for i, _, _ in group])
+        if B % N:
+            unit_NC[0].index_add_(0, columns, rows_BC.sum(0))
+        else:
+            unit_NC.index_add_(1, columns, rows_BC.unflatten(0, (N, B // N)).sum(1))
 
     def _add_transitions(self, tops: dict[int, Tensor]) -> None:
         alike: dict[tuple[Any, ...], list[int]] = defaultdict(list)
@@ -193,12 +219,11 @@ class RoutingRecorder(RoutingStats):
     def end_batch(self) -> None:
         """The batch's own load violation, and forget its documents."""
         self.digest()
-        for i, picks_E in self._batch.items():
-            total = picks_E.sum()
-            if total > 0:
-                named = parts(self.sums[i], self.sites[i].experts)
-                named["batch_violation"].add_(exact(picks_E.max() / total * len(picks_E) - 1))
-                named["batches"].add_(1)
+        for E, picks_ME in self._batch.items():
+            named, total_M = parts(self._block[E], E), picks_ME.sum(1)
+            excess_M = exact(picks_ME.amax(1) / total_M.clamp_min(1e-12) * E - 1)
+            named["batch_violation"].add_(excess_M * (total_M > 0))
+            named["batches"].add_(total_M > 0)
         self._batch, self._rows, self._tokens = {}, [], {}
 
     def before(self, arguments: dict[str, Any]) -> None:

@@ -78,6 +78,12 @@ class RoutingStats:
         start = sum(s.experts for s in self.sites[:index])
         return slice(start, start + self.sites[index].experts)
 
+    def nbytes(self) -> int:
+        """Memory of the counts and samples."""
+        kept = [t for s in self.samples.values() for _, ids, weights in s.picks for t in (ids, weights)]
+        all_ = [*self.sums, *self.transitions, *self.units.values(), *self.vocabulary.values(), *kept]
+        return sum(t.untyped_storage().nbytes() for t in all_)
+
     def domains(self) -> list[str]:
         """Names of the domains seen, sorted."""
         return sorted({domain for domain, _ in self.units})

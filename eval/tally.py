@@ -56,22 +56,20 @@ def tally(routings: Sequence[Routing], valid_BS: Tensor) -> Tally:
     valid_T1 = valid_BS.reshape(-1, 1)
     probs_MTE = torch.stack([r.probs.float() for r in routings])
     M, T, E = probs_MTE.shape
-    chosen_MTE = _chosen(routings, E) * valid_T1
-    p_MTE = torch.where(valid_T1, probs_MTE.clamp_min(0), 0.0)
-    p_MTE = p_MTE / p_MTE.sum(-1, keepdim=True).clamp_min(1e-12)  # sigmoid gates do not sum to 1
     dense = routings[0].ids is None
-    score_MTE = chosen_MTE if dense else torch.where(chosen_MTE > 0, probs_MTE, -torch.inf)
-    top_MT = torch.where((chosen_MTE > 0).any(-1), score_MTE.argmax(-1), -1)
+    slots_MTK = None if dense else torch.stack([r.slot_ids() for r in routings])
+    chosen_MTE = _weights(routings) if slots_MTK is None else _chosen(slots_MTK, E)
+    chosen_MTE = chosen_MTE.masked_fill_(~valid_T1, 0.0)
+    p_MTE = probs_MTE.clamp_min(0)
+    p_MTE /= p_MTE.sum(-1, keepdim=True).clamp_min(1e-12)  # sigmoid gates do not sum to 1
+    p_MTE.masked_fill_(~valid_T1, 0.0)
+    top_MT, ties_MT = (chosen_MTE.argmax(-1), None) if slots_MTK is None else _best(probs_MTE, chosen_MTE, slots_MTK)
+    top_MT = top_MT.masked_fill(~((chosen_MTE.amax(-1) > 0) & valid_T1.squeeze(1)), -1)
     top_MBS = top_MT.view(M, *valid_BS.shape)
     neighbours_MBS = (top_MBS[..., 1:] >= 0) & (top_MBS[..., :-1] >= 0)
     zeros_M = probs_MTE.new_zeros(M, dtype=torch.float64)
-    together_MEE = zeros_M.new_zeros(M, E, E)
-    ties_M = zeros_M
-    if not dense:
-        together_MEE = (chosen_MTE.transpose(1, 2) @ chosen_MTE).double()
-        low_MT = torch.where(chosen_MTE > 0, probs_MTE, torch.inf).amin(-1)
-        high_MT = torch.where(chosen_MTE > 0, -torch.inf, probs_MTE).amax(-1)
-        ties_M = ((low_MT - high_MT).abs() < TIE).sum(-1).double()
+    together_MEE = zeros_M.new_zeros(M, E, E) if dense else (chosen_MTE.transpose(1, 2) @ chosen_MTE).double()
+    ties_M = zeros_M if ties_MT is None else (ties_MT & (top_MT >= 0)).sum(-1).double()
     scalars = (
         exact(-torch.xlogy(p_MTE, p_MTE).sum(-1)).sum(-1, dtype=torch.float64),
         zeros_M + valid_T1.sum(),
@@ -87,14 +85,24 @@ def tally(routings: Sequence[Routing], valid_BS: Tensor) -> Tally:
     return Tally(torch.cat(sums, -1), picks_MBE, top_MT)
 
 
-def _chosen(routings: Sequence[Routing], E: int) -> Tensor:
-    """(M, T, E) float32: 1 for a chosen expert; the absolute weight where every expert is used."""
-    weights_MTK = torch.stack([r.weights.float() for r in routings])
-    if routings[0].ids is None:
-        return exact(weights_MTK.abs())
-    ids_MTK = torch.stack([r.slot_ids() for r in routings])
-    zeros_MTE = weights_MTK.new_zeros(*ids_MTK.shape[:2], E)
-    return zeros_MTE.scatter_add_(2, ids_MTK.clamp_min(0), (ids_MTK >= 0).float())
+def _weights(routings: Sequence[Routing]) -> Tensor:
+    """(M, T, E): absolute weights, for routers that use every expert."""
+    return exact(torch.stack([r.weights.float() for r in routings]).abs())
+
+
+def _chosen(slots_MTK: Tensor, E: int) -> Tensor:
+    """(M, T, E) float32: 1 for a chosen expert."""
+    zeros_MTE = torch.zeros(*slots_MTK.shape[:2], E, device=slots_MTK.device)
+    return zeros_MTE.scatter_add_(2, slots_MTK.clamp_min(0), (slots_MTK >= 0).float())
+
+
+def _best(probs_MTE: Tensor, chosen_MTE: Tensor, slots_MTK: Tensor) -> tuple[Tensor, Tensor]:
+    """The most probable of the chosen experts, and whether the last chosen nearly ties with the first left out."""
+    own_MTK, empty_MTK = probs_MTE.gather(2, slots_MTK.clamp_min(0)), slots_MTK < 0
+    best_MT1 = own_MTK.masked_fill(empty_MTK, -torch.inf).argmax(-1, keepdim=True)
+    lowest_MT = own_MTK.masked_fill(empty_MTK, torch.inf).amin(-1)
+    left_out_MT = (probs_MTE - chosen_MTE * 1e30).amax(-1)
+    return slots_MTK.gather(2, best_MT1).squeeze(2), (lowest_MT - left_out_MT).abs() < TIE
 
 
 def pair_counts(first_PT: Tensor, second_PT: Tensor, first_E: int, second_E: int) -> Tensor:

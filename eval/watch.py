@@ -44,7 +44,7 @@ def collect_routing(
         _watch(cast(nn.Module, model), recorder, owner, stack)
         yield recorder
         recorder.end_batch()
-    recorder.sums = [t.cpu() for t in recorder.sums]
+    recorder.show(torch.device("cpu"))
     recorder.transitions = [t.cpu() for t in recorder.transitions]
     recorder.vocabulary = {i: t.cpu() for i, t in recorder.vocabulary.items()}
 
