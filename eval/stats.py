@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
+from molora import processes
 from molora.errors import ConfigError
 from molora.eval.tally import length, parts
 
-__all__ = ["RoutingStats", "Sample", "SiteInfo", "merge"]
+__all__ = ["RoutingStats", "Sample", "SiteInfo", "merge", "over_processes"]
 
 UNITS = 2048  # most (domain, document) rows of counts; beyond, documents are pooled
 BYTES = 32 * 2**20  # most memory of the counts by document, and of those by vocabulary
@@ -223,3 +225,11 @@ def merge(a: RoutingStats, b: RoutingStats) -> RoutingStats:
             mine.tokens[stream] = [*mine.tokens.get(stream, []), *ids]
     out.trim()
     return out
+
+
+def over_processes(stats: RoutingStats) -> RoutingStats:
+    """The counts of all processes, the same in each; every process has to call it."""
+    states: list[Any] = [stats.state()] * processes.count()
+    if len(states) > 1:
+        distributed.all_gather_object(states, stats.state())
+    return functools.reduce(merge, (RoutingStats.from_state(*s) for s in states))

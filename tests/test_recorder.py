@@ -2,74 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load, save
-from torch import Tensor
 
 import molora
 from molora.errors import ConfigError
-from molora.eval.record import RoutingTape
-from molora.eval.recorder import RoutingRecorder
-from molora.eval.stats import RoutingStats, merge
 from molora.eval.watch import collect_routing
 from tests import tiny
+from tests.recorded import agree, padded, slow_counts
 
 RECIPES = ("mixlora", "mola", "smora", "llava_mole", "xlora", "meteora")
-
-
-def padded(name: str, rows: int = 3, seed: int = 0) -> dict[str, Tensor]:
-    """A batch whose second row ends in padding."""
-    inputs = tiny.batch(name, rows=rows, seed=seed)
-    if "attention_mask" in inputs:
-        inputs["attention_mask"] = inputs["attention_mask"].clone()
-        inputs["attention_mask"][1, -3:] = 0
-    return inputs
-
-
-def slow_counts(tape: RoutingTape, site: str, experts: int) -> dict[str, Any]:
-    """Picks, co-activation, tokens and repeats of one site, token by token."""
-    picks, together = torch.zeros(experts).double(), torch.zeros(experts, experts).double()
-    tokens = repeats = 0
-    for r in tape[site]:
-        before = None
-        for t in range(len(r.weights)):
-            if t % (len(r.weights) // r.rows) == 0:
-                before = None
-            if not r.valid[t]:
-                before = None
-                continue
-            tokens += 1
-            if r.ids is None:
-                picks += r.weights[t].abs().double()
-                top = int(r.weights[t].abs().argmax())
-            else:
-                chosen = [int(e) for e in r.ids[t] if e >= 0]
-                for a in chosen:
-                    picks[a] += 1
-                    for b in chosen:
-                        together[a, b] += 1
-                top = max(chosen, key=lambda e: (float(r.probs[t, e]), -e)) if chosen else -1
-            repeats += before is not None and top >= 0 and before == top
-            before = top if top >= 0 else None
-    return {"picks": picks, "together": together, "tokens": tokens, "repeats": repeats}
-
-
-def agree(stats: RoutingStats, tape: RoutingTape) -> None:
-    recorded = [s for s, records in tape.items() if records[0].num_experts > 1]
-    assert sorted(recorded) == sorted(s.path for s in stats.sites)
-    for i, site in enumerate(stats.sites):
-        slow, fast = slow_counts(tape, site.path, site.experts), stats.site(i)
-        torch.testing.assert_close(fast["picks"], slow["picks"], atol=1e-4, rtol=1e-5)
-        assert torch.equal(fast["together"], slow["together"])
-        assert (int(fast["tokens"]), int(fast["repeats"])) == (slow["tokens"], slow["repeats"])
-        by_document, _ = stats.documents()
-        torch.testing.assert_close(by_document[:, stats.columns(i)].sum(0), fast["picks"])
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -147,67 +92,6 @@ def test_generation_with_an_encoder(name: str, tmp_path: Path) -> None:
             assert torch.equal(stats.site(i)["picks"], slow_counts(tape, site.path, site.experts)["picks"])
 
 
-def stats_of(model: Any, batches: list[tuple[str, int]], **options: Any) -> RoutingRecorder:
-    with collect_routing(model, **options) as stats:
-        for domain, seed in batches:
-            with stats.batch(domain):
-                tiny.output(model, padded("llama", seed=seed))
-    return stats
-
-
-def same(a: RoutingStats, b: RoutingStats) -> None:
-    (tensors_a, meta_a), (tensors_b, meta_b) = a.state(), b.state()
-    assert json.dumps(meta_a) == json.dumps(meta_b)
-    assert save(tensors_a) == save(tensors_b)
-
-
-BATCHES = [("a", 0), ("b", 1), ("a", 2), ("b", 3), ("c", 4), ("a", 5)]
-
-
-@pytest.mark.parametrize("recipe", ["mixlora", "xlora"])
-def test_merged_shards_are_the_whole_bit_by_bit(recipe: str, tmp_path: Path) -> None:
-    model = tiny.converted(recipe, "llama", tmp_path)
-    options = {"samples": 2, "seed": 3}
-    whole = stats_of(model, BATCHES, **options)
-    first, second = stats_of(model, BATCHES[:2], **options), stats_of(model, BATCHES[2:], **options)
-    same(merge(first, second), whole)
-    same(merge(second, first), whole)
-    same(stats_of(model, BATCHES[::-1], **options), whole)
-
-
-def test_documents_beyond_the_limit_are_pooled_alike_in_any_order(tmp_path: Path) -> None:
-    model = tiny.converted("mixlora", "llama", tmp_path)
-    parts = [stats_of(model, own) for own in (BATCHES[:3], BATCHES[3:])]
-    whole = stats_of(model, BATCHES)
-    total = whole.documents()[0].sum(0)
-    pooled = []
-    for batches in (BATCHES, BATCHES[::-1]):
-        with collect_routing(model) as stats:
-            stats.most_units = 7
-            for domain, seed in batches:
-                with stats.batch(domain):
-                    tiny.output(model, padded("llama", seed=seed))
-        pooled.append(stats)
-    assert len(whole.units) == 18 > len(pooled[0].units)
-    same(*pooled)
-    assert torch.equal(pooled[0].documents()[0].sum(0), total)
-    same(merge(*parts), whole)
-
-
-def test_a_state_survives_files(tmp_path: Path) -> None:
-    stats = stats_of(tiny.converted("meteora", "llama", tmp_path), BATCHES)
-    tensors, meta = stats.state()
-    same(RoutingStats.from_state(load(save(tensors)), json.loads(json.dumps(meta))), stats)
-    with pytest.raises(ConfigError, match="schema"):
-        RoutingStats.from_state(tensors, {**meta, "schema": 99})
-
-
-def test_unlike_recordings_do_not_merge(tmp_path: Path) -> None:
-    model = tiny.converted("mixlora", "llama", tmp_path)
-    with pytest.raises(ConfigError, match="differ in seed"):
-        merge(stats_of(model, BATCHES[:1], seed=0), stats_of(model, BATCHES[:1], seed=1))
-
-
 def test_transitions_and_vocabulary_are_those_of_a_loop(tmp_path: Path) -> None:
     model, inputs = tiny.converted("mixlora", "llama", tmp_path), padded("llama")
     with molora.record_routing(model) as tape:
@@ -276,6 +160,17 @@ def test_a_failed_forward_and_other_threads_leave_nothing(tmp_path: Path) -> Non
     assert stats.units == {}
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
+
+
+def test_a_compiled_model_is_counted_as_the_plain_one(tmp_path: Path) -> None:
+    model, inputs = tiny.converted("mixlora", "llama", tmp_path), padded("llama")
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    tiny.output(compiled, inputs)
+    with molora.record_routing(model) as tape:
+        tiny.output(model, inputs)
+    with collect_routing(model) as stats, stats.batch("a"):
+        tiny.output(compiled, inputs)
+    agree(stats, tape)
 
 
 def test_a_plain_model_is_refused() -> None:

@@ -25,7 +25,7 @@ from molora.eval.specialisation import (
 from molora.eval.stats import RoutingStats, SiteInfo, merge
 from molora.eval.summary import saturation_of, summary
 from tests import tiny
-from tests.test_recorder import BATCHES, stats_of
+from tests.recorded import BATCHES, stats_of
 
 
 def test_balance_of_uniform_and_collapsed() -> None:
