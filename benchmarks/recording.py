@@ -23,7 +23,7 @@ from molora.eval.watch import collect_routing
 from molora.routing import Routing
 
 GOAL_SHARE, GOAL_MB, TOKENS = 0.05, 100.0, 1_000_000
-ROWS, LENGTH = 16, 512
+ROWS, LENGTH = 4, 512
 
 
 def added(model: Any, name: str, rounds: int, progress: Progress) -> float:
@@ -48,14 +48,17 @@ def memory(model: Any) -> dict[str, float]:
     recorder = RoutingRecorder(model, seed=0, samples=8, sample_tokens=128, vocabulary=True)
     generator, before = torch.Generator().manual_seed(0), peak_gb()
     valid_BS = torch.ones(ROWS, LENGTH, dtype=torch.bool)
+    routings = {}
+    for s in recorder.sites:
+        logits_TE = torch.randn(ROWS * LENGTH, s.experts, generator=generator)
+        weights_TK, ids_TK = logits_TE.softmax(-1).topk(s.choices, -1)
+        routings[s.path] = Routing(weights_TK, ids_TK, None, logits_TE)
     for start in range(0, TOKENS, ROWS * LENGTH):
         ids_BS = torch.randint(0, recorder.vocabulary_size, (ROWS, LENGTH), generator=generator)
-        with recorder.batch(f"domain {start % 4}"):
+        with recorder.batch(f"domain {start // LENGTH % 3}"):
             recorder.before({"input_ids": ids_BS})
-            for s in recorder.sites:
-                logits_TE = torch.randn(ROWS * LENGTH, s.experts, generator=generator)
-                weights_TK, ids_TK = logits_TE.softmax(-1).topk(s.choices, -1)
-                recorder.add(s.path, Routing(weights_TK, ids_TK, None, logits_TE), valid_BS)
+            for path, routing in routings.items():
+                recorder.add(path, routing, valid_BS)
             recorder.digest()
     return {"held_mb": recorder.nbytes() / 1e6, "peak_grew_mb": (peak_gb() - before) * 1024}
 

@@ -186,26 +186,30 @@ class RoutingRecorder(RoutingStats):
         B, N = valid_BS.shape[0], len(self._rows)
         first = {row: n for n, row in reversed(list(enumerate(self._rows)))}  # beams and copies: one is enough
         wanted = [] if B % N else [n for row, n in first.items() if self.wants(row[0], self._rank(row))]
-        if not wanted:
-            return
         sites, stream = [i for i, _, _ in group], self.sites[group[0][0]].stream
+        room = {n: self._sample_tokens - self._held(self._rows[n], sites[0]) for n in wanted}
+        if not any(count > 0 for count in room.values()):
+            return
         weights_MTK = torch.stack([r.weights.float() for _, r, _ in group])
         weights_MTK, slot_MTK = weights_MTK.topk(min(SLOTS, weights_MTK.shape[-1]), -1)
         ids_MTK = torch.stack([r.slot_ids() for _, r, _ in group]).gather(2, slot_MTK)
         tokens_BS = self._ids(stream, valid_BS)
+        leads = sites[0] == next(i for i, s in enumerate(self.sites) if s.stream == stream)
         for n in wanted:
-            b = n * (B // N)
-            key, at = self._rows[n], valid_BS[b].nonzero().flatten()
-            sample = self.samples.setdefault(key, Sample(key[0], self._rank(key), {}, []))
-            held = sum(ids.shape[1] for own, ids, _ in sample.picks if sites[0] in own)
-            at = at[: max(self._sample_tokens - held, 0)] + b * valid_BS.shape[1]
+            b, key = n * (B // N), self._rows[n]
+            at = valid_BS[b].nonzero().flatten()[: max(room[n], 0)] + b * valid_BS.shape[1]
             if not len(at):
                 continue
+            sample = self.samples.setdefault(key, Sample(key[0], self._rank(key), {}, []))
             sample.picks.append((sites, ids_MTK[:, at].to("cpu", torch.int16), weights_MTK[:, at].half().cpu()))
-            leads = sites[0] == next(i for i, s in enumerate(self.sites) if s.stream == stream)
             if leads and tokens_BS is not None:
                 sample.tokens[stream] = [*sample.tokens.get(stream, []), *tokens_BS.reshape(-1)[at].tolist()]
         self.trim()
+
+    def _held(self, key: tuple[str, int], site: int) -> int:
+        """Tokens of a document that its sample has at a site."""
+        sample = self.samples.get(key)
+        return sum(ids.shape[1] for own, ids, _ in sample.picks if site in own) if sample else 0
 
     def _rank(self, row: tuple[str, int]) -> int:
         return digest_of(f"{self.seed}/{row[0]}/{row[1]}")
