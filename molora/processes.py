@@ -25,7 +25,7 @@ def total(t: Tensor) -> Tensor:
     return out
 
 
-def anywhere(flag: bool, device: torch.device | str = "cpu") -> bool:
+def anywhere(flag: bool, device: torch.device) -> bool:
     """Whether ``flag`` holds in any process; ``device``: one that the backend can reduce on."""
     if count() == 1:
         return flag

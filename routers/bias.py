@@ -60,9 +60,10 @@ def _update(routers: Iterable[BiasedRouter]) -> None:
     counts = [c for _, _, c in found if c is not None]
     if not counts:
         return
-    summed = processes.total(torch.cat(counts)).split([len(c) for c in counts])
+    device = counts[0].device  # a model may be spread over several
+    summed = processes.total(torch.cat([c.to(device) for c in counts])).split([len(c) for c in counts])
     for (router, bias_E, count_E), c_E in zip(found, summed, strict=True):
-        bias_E += router.bias_rate * torch.sign(c_E.mean() - c_E)
+        bias_E += (router.bias_rate * torch.sign(c_E.mean() - c_E)).to(bias_E.device)
         assert count_E is not None
         count_E.zero_()
 

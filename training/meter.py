@@ -66,8 +66,8 @@ class RoutingMeter:
         alike: dict[tuple[Any, ...], list[tuple[str, Routing, Tensor]]] = defaultdict(list)
         for seen in self._seen:
             _, routing, valid_BS = seen
-            ids = routing.ids
-            alike[routing.logits.shape, None if ids is None else ids.shape, valid_BS.shape].append(seen)
+            ids, logits = routing.ids, routing.logits
+            alike[logits.shape, logits.device, None if ids is None else ids.shape, valid_BS.shape].append(seen)
         self._seen = []
         for group in alike.values():
             for (site, routing, _), sums in zip(group, _sums_of(group), strict=True):
@@ -79,7 +79,8 @@ class RoutingMeter:
         """The load of every router over all processes, and start anew. Every process has to call it."""
         if not self._sums:
             return []
-        everything = processes.total(torch.cat([sums for _, sums in self._sums.values()])).tolist()
+        device = next(iter(self._sums.values()))[1].device  # a model may be spread over several
+        everything = processes.total(torch.cat([sums.to(device) for _, sums in self._sums.values()])).tolist()
         out = []
         for site, (K, sums) in self._sums.items():
             own, everything = everything[: len(sums)], everything[len(sums) :]
@@ -93,7 +94,7 @@ class RoutingMeter:
 
 def _sums_of(group: list[tuple[str, Routing, Tensor]]) -> Tensor:
     """(M, E + 2) float64: picks by expert (weights where every expert is used), sum of token entropies, tokens."""
-    valid_MT = torch.stack([v.reshape(-1) for _, _, v in group]).double()
+    valid_MT = torch.stack([v.reshape(-1).to(r.logits.device) for _, r, v in group]).double()
     probs_MTE = torch.stack([r.probs for _, r, _ in group]).double()
     weights_MTK = torch.stack([r.weights.detach() for _, r, _ in group]).double()
     probs_MTE = torch.where(valid_MT.unsqueeze(-1) > 0, probs_MTE, 0.0)

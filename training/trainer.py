@@ -145,8 +145,9 @@ class Trainer(WholeCheckpoints):
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
         scaled = getattr(self.accelerator, "scaler", None) is not None or self._option("fp16", False)
         if self._option("check_finite") and not scaled:
-            bad = nonfinite_gradient(self.model) if norm is None or not torch.isfinite(torch.as_tensor(norm)) else ""
-            if processes.anywhere(bool(bad) or (norm is not None and not torch.isfinite(torch.as_tensor(norm)))):
+            finite = norm is None or bool(torch.isfinite(torch.as_tensor(norm)))
+            bad = nonfinite_gradient(self.model) if norm is None or not finite else ""
+            if processes.anywhere(bool(bad) or not finite, self.args.device):
                 self._stop("the gradient", bad and f"parameter {bad}")
         return norm
 
