@@ -129,6 +129,17 @@ def test_the_best_checkpoint_is_kept_and_loaded_at_the_end(tmp_path: Path) -> No
     assert abs(it.evaluate()["eval_loss"] - float(losses.min())) < 1e-6
 
 
+def test_the_last_checkpoint_may_be_the_best(tmp_path: Path) -> None:
+    """It is compared while it still lies in the staging folder; its own state names the place that it gets."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "eval_strategy": "steps", "eval_steps": 1}
+    it = run(build("mixlora"), tmp_path, **SAVING, **best, learning_rate=0.01, save_total_limit=1)
+    assert int(logged(it, "eval_loss").argmin()) == 2
+    place = str(tmp_path / "checkpoint-3")
+    assert it.state.best_model_checkpoint == place
+    assert json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["best_model_checkpoint"] == place
+    assert find_newest(tmp_path) == Path(place)
+
+
 def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No kill can show a missing fsync, only a power cut can; so the order of the steps is checked."""
     synced: set[int] = set()

@@ -168,6 +168,33 @@ def test_an_interrupt_saves_a_whole_checkpoint_and_stops(number: int, tmp_path: 
     assert signal.getsignal(number) == before
 
 
+def test_an_interrupted_trainer_can_go_on_itself(tmp_path: Path) -> None:
+    it = trainer(build("mixlora"), tmp_path, max_steps=3)
+    it.interrupt.asked = 1.0  # of an earlier run
+    it.train()
+    assert it.state.global_step == 3
+    assert not it.interrupt.interrupted
+
+
+def test_a_resumed_run_logs_the_balance_loss_of_its_own_steps(tmp_path: Path) -> None:
+    whole = run(build("mixlora"), tmp_path, save_strategy="steps", save_steps=2)
+    resumed = run(build("mixlora"), tmp_path, resume=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(logged(resumed, "aux_loss"), logged(whole, "aux_loss"))
+
+
+def test_a_loss_that_is_not_the_models_own_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="label_smoothing_factor, compute_loss_func.*would be lost"):
+        trainer(build("mixlora"), tmp_path, label_smoothing_factor=0.1)
+    trainer(build("lora"), tmp_path, label_smoothing_factor=0.1)  # nothing to lose
+
+
+def test_an_optimizer_that_makes_its_own_groups_is_refused_with_a_router_rate(tmp_path: Path) -> None:
+    it = trainer(build("mixlora"), tmp_path, router_learning_rate=1e-4)
+    it.optimizer_cls_and_kwargs = (lambda: torch.optim.SGD, {})  # what transformers calls a factory
+    with pytest.raises(ConfigError, match="makes its own groups"):
+        it.create_optimizer()
+
+
 def test_a_model_that_was_not_converted_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"got a LlamaForCausalLM, expected a model that convert\(\)"):
         Trainer(tiny.base_model("llama"), None)

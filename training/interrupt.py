@@ -44,7 +44,8 @@ class SaveOnInterrupt(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take over the signals; only the main thread of a program can."""
-        if threading.current_thread() is threading.main_thread():
+        self.asked = None
+        if not self._before and threading.current_thread() is threading.main_thread():
             self._before = {s: signal.signal(s, self._on_signal) for s in SIGNALS}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
@@ -57,5 +58,6 @@ class SaveOnInterrupt(TrainerCallback):
     def restore(self) -> None:
         """Give the signals back."""
         for s, handler in self._before.items():
-            signal.signal(s, handler)
+            if handler is not None:  # one that was not set from Python cannot be
+                signal.signal(s, handler)
         self._before = {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,9 +47,13 @@ class SiteLoad:
 
 
 class RoutingMeter:
-    """Counts of every router with at least two experts since the last :meth:`take`."""
+    """Counts of every router with at least two experts since the last :meth:`take`.
 
-    def __init__(self) -> None:
+    ``experts``: number of experts by site. Processes sum over this list, whatever each of them happened to see.
+    """
+
+    def __init__(self, experts: Mapping[str, int]) -> None:
+        self.experts = {site: experts[site] for site in sorted(experts) if experts[site] > 1}
         self._seen: list[tuple[str, Routing, Tensor]] = []
         self._sums: dict[str, tuple[int, Tensor]] = {}
         self.outer: Any = None  # the tape that this one stands before, if somebody records as well
@@ -57,7 +62,7 @@ class RoutingMeter:
         """The tape's side: keep what one router decided in this forward until :meth:`digest`."""
         if self.outer is not None:
             self.outer.add(site, routing, valid_BS)
-        if routing.num_experts > 1:
+        if site in self.experts:
             self._seen.append((site, routing, valid_BS))
 
     @torch.no_grad()
@@ -75,28 +80,35 @@ class RoutingMeter:
                 before = self._sums.get(site)
                 self._sums[site] = K, sums if before is None else before[1] + sums
 
-    def take(self) -> list[SiteLoad]:
-        """The load of every router over all processes, and start anew. Every process has to call it."""
-        if not self._sums:
+    def take(self, device: torch.device) -> list[SiteLoad]:
+        """The load of every router that ran, over all processes, and start anew. Every process has to call it."""
+        if not self.experts:
             return []
-        device = next(iter(self._sums.values()))[1].device  # a model may be spread over several
-        everything = processes.total(torch.cat([sums.to(device) for _, sums in self._sums.values()])).tolist()
+        own = {site: (E, torch.zeros(E + 2, dtype=_wide(device))) for site, E in self.experts.items()} | self._sums
+        rest = processes.total(torch.cat([sums.to(device) for _, sums in own.values()])).tolist()
         out = []
-        for site, (K, sums) in self._sums.items():
-            own, everything = everything[: len(sums)], everything[len(sums) :]
-            *counts, entropy, tokens = own
-            picks, E = max(sum(counts), 1e-12), len(counts)
-            mean = entropy / max(tokens, 1.0) / math.log(E)
-            out.append(SiteLoad(site, tuple(c / picks for c in counts), min(K, E), int(tokens), mean))
+        for site, (K, _) in own.items():
+            E = self.experts[site]
+            *counts, entropy, tokens = rest[: E + 2]
+            rest, picks = rest[E + 2 :], max(sum(counts), 1e-12)
+            if tokens:
+                load = tuple(c / picks for c in counts)
+                out.append(SiteLoad(site, load, min(K, E), int(tokens), entropy / tokens / math.log(E)))
         self._sums = {}
         return out
 
 
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # which Apple's devices do not have
+
+
 def _sums_of(group: list[tuple[str, Routing, Tensor]]) -> Tensor:
-    """(M, E + 2) float64: picks by expert (weights where every expert is used), sum of token entropies, tokens."""
-    valid_MT = torch.stack([v.reshape(-1).to(r.logits.device) for _, r, v in group]).double()
-    probs_MTE = torch.stack([r.probs for _, r, _ in group]).double()
-    weights_MTK = torch.stack([r.weights.detach() for _, r, _ in group]).double()
+    """(M, E + 2): picks by expert (weights where every expert is used), sum of token entropies, tokens."""
+    device = group[0][1].logits.device
+    dtype = _wide(device)
+    valid_MT = torch.stack([v.reshape(-1).to(device) for _, _, v in group]).to(dtype)
+    probs_MTE = torch.stack([r.probs for _, r, _ in group]).to(dtype)
+    weights_MTK = torch.stack([r.weights.detach() for _, r, _ in group]).to(dtype)
     probs_MTE = torch.where(valid_MT.unsqueeze(-1) > 0, probs_MTE, 0.0)
     E = probs_MTE.shape[-1]
     if group[0][1].ids is None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import transformers
 from torch import distributed, nn
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from molora import processes
@@ -34,6 +35,8 @@ class WholeCheckpoints(transformers.Trainer):
         state = self._adapter_state()
         if self.args.should_save:
             self._save(output_dir, state_dict=state)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def save_adapter(self, folder: Path | str) -> None:
         """Write the adapter folder and nothing else (no tokenizer, no arguments). Every process has to call it."""
@@ -53,11 +56,10 @@ class WholeCheckpoints(transformers.Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Everything into a staging folder by every process; then, by one of them, manifest and rename."""
         run = Path(super()._get_output_dir(trial))
-        final = self._final(run)
+        final, best = self._final(run), self.state.best_model_checkpoint
         if self.state.best_global_step:
-            best = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
-            if best.is_dir() or best == final:
-                self.state.best_model_checkpoint = str(best)
+            found = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+            best = str(found) if found.is_dir() or found == final else best
         with checkpoints.named_errors(final):
             if self.args.should_save:
                 checkpoints.clear_leftovers(run)
@@ -67,13 +69,18 @@ class WholeCheckpoints(transformers.Trainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = False
+            self.state.best_model_checkpoint = best  # transformers looked for it in the staging folder
             self.accelerator.wait_for_everyone()
+            state = checkpoints.staging_folder(final) / TRAINER_STATE_NAME
+            if processes.anywhere(not state.exists(), self.args.device):
+                raise CheckpointError("output_dir has to be a folder that all processes share")
             if self.args.should_save:
+                self.state.save_to_json(str(state))
                 checkpoints.publish(final, self._run())
             self.accelerator.wait_for_everyone()
         if self.args.should_save:
             kept = {"save_total_limit": self.args.save_total_limit, "use_mtime": True}
-            rotate_checkpoints(str(run), best_model_checkpoint=self.state.best_model_checkpoint, **kept)  # type: ignore[arg-type]
+            rotate_checkpoints(str(run), best_model_checkpoint=best, **kept)  # type: ignore[arg-type]
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_deepspeed_enabled:

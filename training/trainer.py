@@ -30,10 +30,11 @@ log = logging.getLogger(__name__)
 
 
 class _Biases(transformers.TrainerCallback):
-    """Loss-free biases under engines whose optimizer steps flattened copies, where torch's own hook sees no router."""
+    """Loss-free biases under DeepSpeed, whose optimizer steps flat copies: torch's own hook sees no router there."""
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        update_biases(model)
+        if args.deepspeed:
+            update_biases(model)
 
 
 class Trainer(WholeCheckpoints):
@@ -45,7 +46,8 @@ class Trainer(WholeCheckpoints):
       ``routing_log.jsonl``, and a warning in words when routing collapses or an expert dies (``log_routing``);
     - checkpoints that hold the adapter instead of the base, gathered under ZeRO-3, staged and named in a manifest;
     - ``resume_from_checkpoint=True`` (or ``"auto"``: start anew when there is none) takes the newest whole one;
-    - a stop with step and module at a loss or gradient that is not finite (``check_finite``);
+    - a stop with step and module at a loss or gradient that is not finite (``check_finite``); DeepSpeed has used the
+      gradient by then, the checkpoint is still the last good one;
     - ``router_learning_rate`` and ``router_weight_decay``; a checkpoint on Ctrl-C (``save_on_interrupt``).
 
     Raises:
@@ -63,20 +65,35 @@ class Trainer(WholeCheckpoints):
                 "fsdp: accelerate trains without it on a CPU and does not say so, and checkpoints are not gathered "
                 "from it; take deepspeed zero3, which shards the same, or torch's fully_shard in a loop of your own"
             )
+        config = model._molora.config
         super().__init__(model=model, args=args, **kwargs)
         if self.args.n_gpu > 1:
             raise ConfigError(
                 f"Trainer: got {self.args.n_gpu} GPUs in one process (DataParallel), expected one a process; start "
                 "with torchrun, deepspeed or accelerate, or choose a GPU with CUDA_VISIBLE_DEVICES"
             )
-        self._meter = RoutingMeter()
-        self._aux: list[Tensor] = []
+        self._start_counting()
+        self._has_balance_loss = any(b.coef > 0 for p in config.placements for b in p.balance)
+        if self._has_balance_loss and (self.args.label_smoothing_factor or self.compute_loss_func is not None):
+            raise ConfigError(
+                "label_smoothing_factor, compute_loss_func: then the loss is not the model's own, and its balance loss "
+                "would be lost; leave them out"
+            )
         self._idle: dict[tuple[str, int], int] = {}
         self._told: set[tuple[str, int]] = set()
         self.interrupt = SaveOnInterrupt()
         self.add_callback(_Biases())
         if self._option("save_on_interrupt"):
             self.add_callback(self.interrupt)
+
+    def _start_counting(self) -> None:
+        self._meter = RoutingMeter({m.site.path: m.site.num_experts for _, m in sites_of(self.model).values()})
+        self._aux: list[Tensor] = []
+        self._last_logged = self.state.global_step
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._start_counting()  # the state of a run that is resumed is there now
+        return super()._prepare_for_training(*args, **kwargs)
 
     def _option(self, name: str, default: Any = True) -> Any:
         return getattr(self.args, name, default)  # transformers' own arguments have none of ours
@@ -98,7 +115,12 @@ class Trainer(WholeCheckpoints):
                 own_decay = self.args.weight_decay if decay is None or not is_router else decay
                 group: dict[str, Any] = {"params": parameters, "weight_decay": own_decay if has_decay else 0.0}
                 settings.append(group | ({"lr": rate} if is_router and rate is not None else {}))
-            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            cls, options = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            if not isinstance(cls, type) or not issubclass(cls, torch.optim.Optimizer) or "params" in options:
+                raise ConfigError(
+                    f"router_learning_rate, router_weight_decay: the optimizer {self.args.optim} makes its own groups "
+                    "of parameters; leave them out, or take adamw_torch"
+                )
             self.optimizer = cls(settings, **options)
         return super().create_optimizer(model)
 
@@ -134,10 +156,11 @@ class Trainer(WholeCheckpoints):
         """The part of the step's predicted labels that is in this micro-batch."""
         labels = inputs.get("shift_labels", inputs.get("labels"))
         if num_items_in_batch is None or not isinstance(labels, Tensor):
-            return torch.tensor(1.0 / (processes.count() * self.args.gradient_accumulation_steps))
+            return torch.tensor(1.0 / (processes.count() * self.current_gradient_accumulation_steps))
         shifts = self._loss_shifts_labels and "shift_labels" not in inputs
         counted: Tensor = (labels[..., 1:] if shifts else labels).ne(-100).sum()
-        share: Tensor = counted / num_items_in_batch
+        everywhere = self.args.average_tokens_across_devices  # else they were counted in this process only
+        share: Tensor = counted / num_items_in_batch / (1 if everywhere else processes.count())
         return share
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
@@ -170,16 +193,16 @@ class Trainer(WholeCheckpoints):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """transformers' logs, with the routing since the last ones beside the loss. Called by every process."""
         if "loss" in logs:
-            if self._aux:
-                steps = max(self.state.global_step - self._last_routing_step, 1)
-                logs["aux_loss"] = float(processes.total(torch.stack(self._aux).sum())) / steps
-            loads = self._meter.take()
+            if self._has_balance_loss:
+                own = [sum(float(a) for a in self._aux), float(len(self._aux))]
+                aux, seen = processes.total(torch.tensor(own, device=self.args.device)).tolist()
+                if seen:
+                    logs["aux_loss"] = aux / max(self.state.global_step - self._last_logged, 1)
+            loads = self._meter.take(self.args.device) if self._option("log_routing") else []
             if loads:
                 self._log_routing(logs, loads)
-            self._aux, self._last_routing_step = [], self.state.global_step
+            self._aux, self._last_logged = [], self.state.global_step
         super().log(logs, start_time)
-
-    _last_routing_step = 0
 
     def _log_routing(self, logs: dict[str, float], loads: Any) -> None:
         logs["routing_entropy"] = sum(s.entropy for s in loads) / len(loads)
