@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from molora import processes
 from molora.adapter_state import saved_tensors
 from molora.checkpoint import Adapter, check_fingerprint, load_tensors, read_adapter
 from molora.config import MoloraConfig, Placement, RouterConfig
@@ -155,19 +154,8 @@ def restore(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     targets = saved_tensors(model, model.state_dict(keep_vars=True))
     with torch.no_grad():
         for name, target in targets.items():
-            with _whole(target):
+            with processes.whole(target, write=True):
                 target.copy_(tensors[name])
-
-
-@contextlib.contextmanager
-def _whole(t: Any) -> Iterator[None]:
-    if not hasattr(t, "ds_id"):
-        yield
-        return
-    from deepspeed import zero
-
-    with zero.GatheredParameters([t], modifier_rank=0):
-        yield
 
 
 def from_pretrained(folder: str | os.PathLike[str], *, trainable: bool = False, **kwargs: Any) -> nn.Module:

@@ -5,10 +5,14 @@ Every process has to call them, in the same order: they are collectives.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, distributed
 
-__all__ = ["anywhere", "count", "leave", "total"]
+__all__ = ["anywhere", "count", "leave", "total", "whole"]
 
 
 def count() -> int:
@@ -30,6 +34,18 @@ def anywhere(flag: bool, device: torch.device) -> bool:
     if count() == 1:
         return flag
     return bool(total(torch.tensor(float(flag), device=device)) > 0)
+
+
+@contextlib.contextmanager
+def whole(t: Any, write: bool = False) -> Iterator[None]:
+    """Within the block, a parameter that ZeRO-3 partitioned is whole; ``write``: what process 0 puts there stays."""
+    if not hasattr(t, "ds_id"):
+        yield
+        return
+    from deepspeed import zero
+
+    with zero.GatheredParameters([t], modifier_rank=0 if write else None):
+        yield
 
 
 def leave() -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from molora import processes
 from molora.adapter_state import saved_tensors
 
 __all__ = ["adapter_state", "load_engine", "save_engine", "stage"]
@@ -33,22 +32,13 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     for name, t in state.items():
         if id(t) not in wanted:
             continue
-        with _gathered([t]):
+        with processes.whole(t):
             whole = t.detach().to("cpu", copy=True)
         if t.requires_grad and t.dtype in (torch.float16, torch.bfloat16):
             master = safe_get_full_fp32_param(t)
             whole = whole if master is None else master.detach().to("cpu", copy=True)
         out[name] = whole
     return out
-
-
-@contextlib.contextmanager
-def _gathered(tensors: Iterable[Any]) -> Iterator[None]:
-    from deepspeed import zero
-
-    partitioned = [t for t in tensors if hasattr(t, "ds_id")]
-    with zero.GatheredParameters(partitioned) if partitioned else contextlib.nullcontext():
-        yield
 
 
 def save_engine(engine: Any, folder: Path | str) -> None:
