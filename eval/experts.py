@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from molora.errors import ConfigError
+from molora.eval.document import plain
 from molora.install import sites_of
 from molora.layers import MixtureLinear
 from molora.model import MixtureModel
@@ -75,7 +76,8 @@ def _strangers(before: Tensor, after: Tensor, first: int, threshold: float) -> i
 
 def expert_report(model: nn.Module, first: int = 10, threshold: float = 0.6) -> dict[str, dict[str, Any]]:
     """By path of each linear with at least two experts: ``cosine`` (E, E), ``norm`` of each change, and ``intruders``
-    of each expert alone at full weight (None where the base weight is no plain matrix of the linear's shape).
+    of each expert alone at full weight (None where the base weight is no plain matrix of the linear's shape, and with
+    ``first=0``: they take a singular value decomposition for each expert, which is slow on a large model).
 
     Raises:
         ConfigError: when the model was not converted.
@@ -91,8 +93,12 @@ def expert_report(model: nn.Module, first: int = 10, threshold: float = 0.6) -> 
         bank, E = m.bank, m.site.num_experts
         packed = bank.lora_A, bank.lora_B, bank.ranks, bank.scales
         norms = inner_products(*packed).diagonal().clamp_min(0).sqrt().tolist()
-        found: dict[str, Any] = {"cosine": weight_similarity(*packed).tolist(), "norm": norms, "intruders": None}
-        W_OI = _base_weight(m)
+        found: dict[str, Any] = {
+            "cosine": plain(weight_similarity(*packed), 3),
+            "norm": plain(norms),
+            "intruders": None,
+        }
+        W_OI = _base_weight(m) if first else None
         if W_OI is not None:
             before = torch.linalg.svd(W_OI, full_matrices=False).U
             found["intruders"] = [

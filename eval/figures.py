@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from molora.errors import ConfigError
 
-__all__ = ["load_heatmaps", "need_matplotlib", "site_labels"]
+__all__ = ["draw", "load_heatmaps", "need_matplotlib", "site_labels"]
 
 COLOURS = "PuOr_r"  # purple to orange through white: told apart with every common colour blindness
+SAFE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")  # Okabe and Ito
 FACTOR = 4.0  # the scale ends at a quarter of and four times the balanced load
 
 
@@ -77,5 +78,93 @@ def load_heatmaps(
     bar.minorticks_off()
     bar.set_label("load, as a multiple of 1/E", fontsize=8)
     figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def draw(document: Mapping[str, Any], folder: Path, form: str, several: bool = False) -> list[Path]:
+    """The pictures of an evaluation document as single files (png, svg or pdf); returns their paths.
+
+    ``load``: by kind of site, domain, layer and expert; ``balance``: MaxVio and entropies by layer; ``ablation``: the
+    loss with changed gates. ``several``: put the run's name before each file's.
+
+    Raises:
+        ConfigError: matplotlib is not installed.
+    """
+    need_matplotlib()
+    from matplotlib import rc_context
+
+    start, out = f"{document['name']}-" if several else "", list[Path]()
+    with rc_context({"svg.hashsalt": "molora", "svg.fonttype": "none"}):  # the same picture gives the same bytes
+        for kind, sites in _kinds(document.get("routing", {}).get("sites", [])).items():
+            routing, own = document["routing"], kind.strip(".#").replace(".", "-").replace("#", "n")
+            load = {name: [shares[i] for i in sites] for name, shares in routing["load"].items()}
+            paths = [routing["sites"][i]["path"] for i in sites]
+            experts = [routing["sites"][i]["experts"] for i in sites]
+            padded = {n: [row + [0.0] * (max(experts) - len(row)) for row in rows] for n, rows in load.items()}
+            out.append(folder / f"{start}load-{own}.{form}")
+            load_heatmaps(padded, paths, experts, f"{document['name']}: load of {kind}", out[-1])
+            out.append(folder / f"{start}balance-{own}.{form}")
+            _balance(routing, sites, f"{document['name']}: {kind}", out[-1])
+        if "ablation" in document:
+            out.append(folder / f"{start}ablation.{form}")
+            _ablation(document["ablation"], document["name"], out[-1])
+    return out
+
+
+def _kinds(sites: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    out: dict[str, list[int]] = {}
+    for i, site in enumerate(sites):
+        out.setdefault(site["kind"], []).append(i)
+    return out
+
+
+def _balance(routing: Mapping[str, Any], sites: Sequence[int], title: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    layers = [routing["sites"][i]["layer"] for i in sites]
+
+    def line(axis: Any, key: str, label: str, style: str) -> None:
+        values = [routing[key][i] for i in sites]
+        axis.plot(layers, [float("nan") if v is None else v for v in values], style, label=label, markersize=3)
+
+    line(above, "max_violation", "over all tokens", "o-")
+    line(above, "max_violation_of_a_batch", "mean over batches", "s--")
+    above.set_ylabel("MaxVio (0: even)")
+    line(below, "entropy_of_load", "of the load (0: collapsed)", "o-")
+    line(below, "mean_entropy", "of a token's choice (1: undecided)", "s--")
+    below.set_ylabel("entropy / log E")
+    below.set_xlabel("layer")
+    for axis in (above, below):
+        axis.legend(fontsize=8)
+        axis.set_ylim(bottom=0)
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def _ablation(ablation: Mapping[str, Any], name: str, path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    changes, domains = ablation["interventions"], list(ablation["loss"])
+    figure = Figure(figsize=(8, 1.4 + 0.24 * len(changes) * max(len(domains), 2)), layout="constrained")
+    axis, height = figure.subplots(), 0.8 / max(len(domains), 1)
+    for d, domain in enumerate(domains):
+        values = [c["delta"][domain] for c in changes]
+        mean = [v["value"] for v in values]
+        bounds = [[max(v["value"] - v["low"], 0) for v in values], [max(v["high"] - v["value"], 0) for v in values]]
+        at = [i - 0.4 + height * (d + 0.5) for i in range(len(changes))]
+        axis.barh(at, mean, height, xerr=bounds, label=domain, color=SAFE[d % len(SAFE)], error_kw={"elinewidth": 0.8})
+    axis.set_yticks(range(len(changes)), [c["name"] for c in changes], fontsize=8)
+    axis.invert_yaxis()
+    axis.axvline(0, color="0.3", linewidth=0.8)
+    axis.set_xlabel("rise of the loss in nats per token (95 % interval)")
+    axis.legend(fontsize=8)
+    axis.set_title(f"{name}: what changed routing does to the loss", fontsize=11)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    dated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+    figure.savefig(path, dpi=150, metadata=dated.get(path.suffix))

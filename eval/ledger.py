@@ -34,10 +34,6 @@ class Ledger:
         staged.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(staged, path)
 
-    def __len__(self) -> int:
-        """How many values there are."""
-        return len(self._values)
-
     def piece(self, key: str, make: Callable[[], T]) -> T:
         """The value of ``key``, which ``make`` makes if it is not there yet; it has to survive a trip through JSON."""
         if key not in self._values:

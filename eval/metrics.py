@@ -6,14 +6,13 @@ Counts are of (token, slot) assignments: a token with K choices counts K times, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = [
-    "assignment_counts",
     "coefficient_of_variation",
     "dead",
     "effective_experts",
@@ -23,25 +22,7 @@ __all__ = [
     "max_violation",
     "mutual_information",
     "permutation_p_value",
-    "summary",
 ]
-
-
-def assignment_counts(
-    weights_TK: Tensor, ids_TK: Tensor | None, valid_T: Tensor | None, num_experts: int, rows: int
-) -> Tensor:
-    """Assignments of each row of a batch to each expert, (B, E) float64. Empty slots (-1) and padding do not count.
-
-    Dense routing (``ids_TK`` None) has no assignments: every expert counts with its weight.
-    """
-    if ids_TK is None:
-        counts_TE = weights_TK.double()
-    else:
-        one_hot_TKE = torch.nn.functional.one_hot(ids_TK.clamp_min(0), num_experts) * (ids_TK >= 0).unsqueeze(-1)
-        counts_TE = one_hot_TKE.sum(1).double()
-    if valid_T is not None:
-        counts_TE = counts_TE * valid_T.unsqueeze(-1)
-    return counts_TE.view(rows, -1, num_experts).sum(1)
 
 
 def group_counts(counts_NME: Tensor, group_N: Tensor, num_groups: int) -> Tensor:
@@ -55,17 +36,14 @@ def load(counts: Tensor) -> Tensor:
     return counts / counts.sum(-1, keepdim=True).clamp_min(1)
 
 
-def max_violation(load_ME: Tensor, experts_M: Tensor) -> Tensor:
-    """``max_e load_e E - 1`` per site (arXiv 2408.15664, eq. 4): 0 when balanced, E - 1 when collapsed.
-
-    ``experts_M``: each site's own number of experts, at least 2; columns beyond it are empty.
-    """
-    return load_ME.amax(-1) * experts_M - 1
+def max_violation(load_E: Tensor) -> Tensor:
+    """``max_e load_e E - 1`` (arXiv 2408.15664, eq. 4), over the last dimension: 0 when balanced, E - 1 collapsed."""
+    return load_E.amax(-1) * load_E.shape[-1] - 1
 
 
-def entropy(load_ME: Tensor, experts_M: Tensor) -> Tensor:
-    """Entropy of the load over log E per site: 1 when balanced, 0 when collapsed."""
-    return -torch.xlogy(load_ME, load_ME).sum(-1) / experts_M.to(load_ME.dtype).log()
+def entropy(share_E: Tensor) -> Tensor:
+    """Entropy over log E, over the last dimension: 1 when even, 0 when all is in one place."""
+    return -torch.xlogy(share_E, share_E).sum(-1) / math.log(share_E.shape[-1])
 
 
 def coefficient_of_variation(load_E: Tensor) -> Tensor:
@@ -127,20 +105,4 @@ def permutation_p_value(counts_NME: Tensor, group_N: Tensor, permutations: int =
         "chance": shuffled.mean().item(),
         "p_value": (1 + above) / (1 + permutations),
         "permutations": permutations,
-    }
-
-
-def summary(
-    counts_NME: Tensor, group_N: Tensor, groups: Sequence[str], experts: Sequence[int], seed: int = 0
-) -> dict[str, Any]:
-    """The routing summary as plain values: load by group, site and expert, balance over all, and specialisation."""
-    counts_GME, experts_M = group_counts(counts_NME, group_N, len(groups)), torch.tensor(list(experts))
-    load_ME = load(counts_GME.sum(0))
-    return {
-        "documents": {name: int((group_N == g).sum()) for g, name in enumerate(groups)},
-        "load": {name: load(counts_GME[g]).tolist() for g, name in enumerate(groups)},
-        "load_of_all": load_ME.tolist(),
-        "max_violation_per_site": max_violation(load_ME, experts_M).tolist(),
-        "entropy_per_site": entropy(load_ME, experts_M).tolist(),
-        "specialisation": permutation_p_value(counts_NME, group_N, seed=seed),
     }

@@ -15,8 +15,11 @@ __all__ = ["answer", "batches", "exact_match", "generate", "heldout_loss", "prom
 
 
 def batches(rows: Sequence[Example], pad_token_id: int, size: int) -> list[tuple[list[int], dict[str, Tensor]]]:
-    """Padded batches of rows of like length, each with the positions of its rows in ``rows``."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    """Padded batches of rows of like length, the longest first, each with the positions of its rows in ``rows``.
+
+    So memory is at its peak at once, and the rest of a long text comes after its windows.
+    """
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
     chunks = [order[i : i + size] for i in range(0, len(order), size)]
     return [(chunk, Collator(pad_token_id)([rows[i] for i in chunk])) for chunk in chunks]
 

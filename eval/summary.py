@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from molora.errors import ConfigError
-from molora.eval.metrics import coefficient_of_variation, dead, effective_experts, group_counts, load
+from molora.eval.document import plain
+from molora.eval.metrics import (
+    coefficient_of_variation,
+    dead,
+    effective_experts,
+    entropy,
+    group_counts,
+    load,
+    max_violation,
+)
 from molora.eval.specialisation import (
     coactivation,
     divergence,
@@ -24,7 +33,8 @@ from molora.eval.stats import RoutingStats, Sample
 __all__ = ["SCHEMA", "saturation_of", "summary"]
 
 SCHEMA = 1
-DIGITS = 6
+FEW = 3  # digits of what comes in large tables
+MOST_SHOWN = 1_000_000  # choices of tokens in all sampled documents together
 
 
 def summary(stats: RoutingStats, seed: int = 0, permutations: int = 1000, resamples: int = 500) -> dict[str, Any]:
@@ -60,14 +70,14 @@ def summary(stats: RoutingStats, seed: int = 0, permutations: int = 1000, resamp
         "divergence": divergence(counts_GME) if several else None,
         "lift": _lift(stats, counts_NME, group_N, names, resamples, seed) if several else None,
         "transitions": [
-            {"from": a, "to": b, "share": transition(counts)}
+            {"from": a, "to": b, "share": plain(transition(counts), FEW)}
             for (a, b), counts in zip(stats.pairs, stats.transitions, strict=True)
         ],
         "vocabulary": [{"site": i, **vocabulary_specialisation(t)} for i, t in sorted(stats.vocabulary.items())],
-        "samples": [_sample(stats, stats.samples[key]) for key in sorted(stats.samples)],
+        "samples": [_sample(s) for s in _shown(stats)],
     }
-    plain: dict[str, Any] = _plain(section)
-    return plain
+    out: dict[str, Any] = plain(section)
+    return out
 
 
 def _site(stats: RoutingStats, index: int) -> dict[str, Any]:
@@ -85,17 +95,17 @@ def _site(stats: RoutingStats, index: int) -> dict[str, Any]:
         "load_of_all": load_E,
         "importance": mean_E,
         "cv": float(coefficient_of_variation(load_E)) if tokens else None,
-        "max_violation": float(load_E.max() * E - 1) if tokens else None,
+        "max_violation": float(max_violation(load_E)) if tokens else None,
         "max_violation_of_a_batch": of(float(s["batch_violation"]), batches),
         "least_load": float(load_E.min()) if tokens else None,
         "dead": dead(load_E).nonzero().flatten().tolist() if tokens else None,
         "effective_experts": float(effective_experts(load_E)) if tokens else None,
-        "entropy_of_load": float(-torch.xlogy(load_E, load_E).sum()) / math.log(E) if tokens else None,
-        "entropy_of_mean": float(-torch.xlogy(mean_E, mean_E).sum()) / math.log(E) if tokens else None,
+        "entropy_of_load": float(entropy(load_E)) if tokens else None,
+        "entropy_of_mean": float(entropy(mean_E)) if tokens else None,
         "mean_entropy": of(float(s["entropy"]) / math.log(E)),
         "repeat_rate": of(float(s["repeats"]), pairs),
         "near_ties": None if info.dense else of(float(s["ties"])),
-        "coactivation": None if info.dense or info.choices < 2 else coactivation(s["together"]),
+        "coactivation": None if info.dense or info.choices < 2 else plain(coactivation(s["together"]), FEW),
     }
 
 
@@ -116,9 +126,19 @@ def _lift(
     }
 
 
-def _sample(stats: RoutingStats, sample: Sample) -> dict[str, Any]:
+def _shown(stats: RoutingStats) -> list[Sample]:
+    """The sampled documents, fewer of each domain where all would make the file too large; each domain has one."""
+    ranked: dict[str, list[Sample]] = {}
+    for sample in sorted(stats.samples.values(), key=lambda s: s.rank):
+        ranked.setdefault(sample.domain, []).append(sample)
+    most = max((sum(w.numel() for _, _, w in s.picks) for s in stats.samples.values()), default=1)
+    each = max(MOST_SHOWN // (most * len(ranked)), 1) if ranked else 0
+    return [s for domain in sorted(ranked) for s in ranked[domain][:each]]
+
+
+def _sample(sample: Sample) -> dict[str, Any]:
     sites = [
-        {"site": i, "experts": ids_TK, "weights": weights_TK.float()}
+        {"site": i, "experts": ids_TK, "weights": plain(weights_TK.float(), FEW)}
         for i, (ids_TK, weights_TK) in sorted(_choices(sample).items())
     ]
     return {"domain": sample.domain, "tokens": sample.tokens, "sites": sites}
@@ -156,14 +176,3 @@ def saturation_of(early: RoutingStats, late: RoutingStats) -> list[float | None]
     return [
         saturation(torch.cat([a for a, _ in own]), torch.cat([b for _, b in own])) if own else None for own in found
     ]
-
-
-def _plain(value: Any) -> Any:
-    """Tensors as lists, and all numbers to a few digits."""
-    if isinstance(value, Tensor):
-        return _plain(value.tolist())
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return round(value, DIGITS) if isinstance(value, float) else value

@@ -1,4 +1,4 @@
-"""The command line: ``molora train | demo | bench | info``."""
+"""The command line: ``molora train | eval | report | demo | bench | info``."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from molora import processes
+from molora.cli_eval import add_commands
 from molora.errors import ConfigError, MoloraError
 
 __all__ = ["app", "main"]
@@ -23,6 +24,7 @@ __all__ = ["app", "main"]
 CONFIGS = Path(__file__).parent / "training" / "configs"
 DEMO = (CONFIGS / "demo_mixlora.yaml", CONFIGS / "demo_lora.yaml")
 EXTRAS = {"accelerate": "train", "datasets": "train", "deepspeed": "train", "peft": "peft"}  # package: extra
+EXTRAS |= {"jinja2": "eval", "matplotlib": "eval", "plotly": "eval"}
 MORE = {"allow_extra_args": True, "ignore_unknown_options": True}  # ctx.args: the --key value overrides
 
 app = typer.Typer(
@@ -117,6 +119,9 @@ def train(
     if trained.interrupted:
         output.print("interrupted: go on with the same command and --resume_from_checkpoint true", highlight=False)
         raise typer.Exit(INTERRUPTED)
+
+
+add_commands(app)
 
 
 @app.command(context_settings=MORE)

@@ -21,6 +21,7 @@ __all__ = [
     "answer_ids",
     "apart",
     "deduplicated",
+    "drawn",
     "encode",
     "encode_class",
     "learned",
@@ -96,6 +97,15 @@ def split(records: Sequence[Record], heldout: float | int, seed: int) -> tuple[l
             "out; add records or lower heldout"
         )
     return train, held
+
+
+def drawn(records: Sequence[Record], most: int, seed: int) -> list[Record]:
+    """At most ``most`` records (0: all) in their order; which ones depends on their texts and the seed only."""
+
+    def rank(i: int) -> bytes:
+        return hashlib.blake2b(f"{seed}\0{_plain(records[i])}".encode()).digest()
+
+    return [records[i] for i in sorted(sorted(range(len(records)), key=rank)[: most or len(records)])]
 
 
 def apart(train: Sequence[Record], heldout: Sequence[Record]) -> tuple[list[Record], list[Record]]:

@@ -19,17 +19,21 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedModel
 
-from molora.data import Record, encode
 from molora.errors import CheckpointError, ConfigError
 from molora.eval.answer import fresh_answers, peak_gb
-from molora.eval.collect import count_routing
-from molora.eval.figures import load_heatmaps, need_matplotlib
-from molora.eval.metrics import summary
+from molora.eval.document import FILE, read_document
+from molora.eval.ledger import bar
+from molora.eval.recorder import routed_sites
+from molora.eval.report import write_report
 from molora.eval.score import answer, exact_match, heldout_loss, prompt_text
 from molora.eval.tables import data_table, result_table, verdicts
+from molora.eval.terminal import verdict_panel
+from molora.eval.verdict import verdict
+from molora.evaluate import Evaluation, EvaluationArguments
+from molora.records import source
 from molora.training.arguments import Arguments, read_arguments
 from molora.training.demo_data import score_answer
-from molora.training.demo_model import model_folder
+from molora.training.demo_model import model_folder, package_folder
 from molora.training.match import matched
 from molora.training.models import CAUSAL, task_of
 from molora.training.rows import Data, prepare_data, supervised_experts
@@ -51,7 +55,8 @@ def run_demo(configs: Sequence[Path], out: Path, overrides: Sequence[str], conso
         CheckpointError: a reloaded adapter that does not answer as the trained one did.
     """
     started = time.perf_counter()
-    need_matplotlib()  # now, not after the training
+    for package in ("jinja2", "plotly"):  # now, not after the training
+        package_folder(package, package, "eval")
     runs = _comparable([read_arguments(path, overrides) for path in configs], out)
     first = next(iter(runs.values()))
     if task_of(first.model) != CAUSAL:
@@ -70,6 +75,7 @@ def run_demo(configs: Sequence[Path], out: Path, overrides: Sequence[str], conso
     _write_json(out / "metrics.json", report)
     chosen = {name: arguments.chosen() for name, arguments in runs.items()}
     (out / "config.yaml").write_text(yaml.safe_dump(chosen, sort_keys=False), encoding="utf-8")
+    _report(out, console)
     console.rule("Results")
     _tell(report, out, console)
     return report
@@ -118,7 +124,7 @@ def _one_run(arguments: Arguments, tokenizer: Any, data: Data, out: Path, consol
         "steps": int(trained.log[-1]["step"]),
         "peak_gb_with_fresh_process": resident + fresh.peak_gb,
         **_scores(model, tokenizer, data),
-        **_routing(model, tokenizer, data, arguments, out),
+        **_routing(model, data, arguments, trained.folder, out),
         "answers": {name: {"prompt": prompts[name], "answer": text} for name, text in answers.items()},
     }
 
@@ -134,29 +140,36 @@ def _scores(model: PreTrainedModel, tokenizer: Any, data: Data) -> dict[str, Any
     return {"heldout_loss": loss, "exact_match": exact}
 
 
-def _routing(model: Any, tokenizer: Any, data: Data, arguments: Arguments, out: Path) -> dict[str, Any]:
-    """Where the held-out documents go, as a file and a picture; nothing for a recipe without a choice of experts."""
-
-    def first_row(record: Record) -> list[Any]:
-        return list(encode(record, tokenizer, arguments.data.max_length)[:1])
-
-    documents = {name: [row for r in held for row in first_row(r)] for name, held in data.heldout_records.items()}
-    rows = [row for own in documents.values() for row in own]
-    counts = count_routing(model, rows, tokenizer.pad_token_id or 0)
-    if not counts.sites:
+def _routing(model: Any, data: Data, arguments: Arguments, folder: Path, out: Path) -> dict[str, Any]:
+    """Where the held-out documents go, in an evaluation document; nothing for a recipe without a choice of experts."""
+    if not routed_sites(model):
         return {}
-    group_N = torch.tensor([g for g, own in enumerate(documents.values()) for _ in own])
-    said = summary(counts.counts_NME, group_N, list(documents), counts.num_experts, arguments.training.seed)
-    name, found = arguments.mixture.recipe, said["specialisation"]
-    _write_json(out / f"routing_{name}.json", {"sites": counts.sites, "num_experts": counts.num_experts, **said})
-    title = (
-        f"{name}: where held-out tokens go\nnormalised mutual information of expert and domain {found['nmi']:.3f}, "
-        f"by chance {found['chance']:.3f} (p = {found['p_value']:.2g})"
+    settings = EvaluationArguments(
+        adapter=folder,
+        domains={name: source(value).path for name, value in arguments.data.domains.items()},
+        out=out / "eval" / folder.name,
+        base=arguments.model.model_name_or_path,
+        documents=0,
+        max_length=arguments.data.max_length,
+        dtype=arguments.model.dtype,
+        seed=arguments.training.seed,
     )
-    load_heatmaps(said["load"], counts.sites, counts.num_experts, title, out / f"routing_{name}.png")
-    violation = said["max_violation_per_site"]
-    short = {k: v for k, v in found.items() if k != "nmi_per_site"}
+    found = Evaluation(settings, bar, data.heldout_records, model).routing()["routing"]
+    violation = [v for v in found["max_violation"] if v is not None]
+    short = {k: v for k, v in found["specialisation"].items() if k != "nmi_per_site"} if found["specialisation"] else {}
     return {"routing": {**short, "max_violation": sum(violation) / len(violation)}}
+
+
+def _report(out: Path, console: Console) -> None:
+    """One page of what all runs' routing says; the verdicts here."""
+    documents = [read_document(path.parent) for path in sorted(out.glob(f"eval/*/{FILE}"))]
+    if not documents:
+        return
+    console.rule("What the routing does")
+    for document in documents:
+        console.print(verdict_panel(verdict(document), document["name"]))
+    write_report(documents, out / "report.html")
+    console.print(f"look at it: {out / 'report.html'}", highlight=False, soft_wrap=True)
 
 
 def _tell(report: dict[str, Any], out: Path, console: Console) -> None:
@@ -165,13 +178,6 @@ def _tell(report: dict[str, Any], out: Path, console: Console) -> None:
     for name, above in report["not_below_base"].items():
         where = "in every domain" if not above else f"but not in: {', '.join(above)}"
         console.print(f"{name}: held-out loss below the base {where}")
-    for name, run in runs.items():
-        if "routing" in run:
-            r = run["routing"]
-            console.print(
-                f"{name}: expert and domain share {r['nmi']:.3f} of their information (chance {r['chance']:.3f}, "
-                f"p = {r['p_value']:.2g}, {r['permutations']} permutations of documents)"
-            )
     console.rule("One held-out prompt per domain, answered by the reloaded adapters")
     trained = {name: run["answers"] for name, run in runs.items() if "answers" in run}
     for domain, asked in next(iter(trained.values())).items():

@@ -16,7 +16,6 @@ def test_a_run_that_was_cut_off_goes_on_with_what_it_has(tmp_path):
     with path.open("a") as file:
         file.write('{"key": "shuffled", "val')  # the line that was being written
     second = Ledger(path, job)
-    assert len(second) == 1
     assert second.piece("uniform", _never) == [1.5, 2]
     assert second.piece("shuffled", lambda: 3) == 3
     assert Ledger(path, job).piece("shuffled", _never) == 3

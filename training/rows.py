@@ -17,7 +17,7 @@ from molora.training.images import ImageRows, encode_image
 from molora.training.mixing import mix
 from molora.training.models import CAUSAL, CLASSES, IMAGES
 
-__all__ = ["Data", "prepare_data", "supervised_experts"]
+__all__ = ["Data", "coder", "divided", "prepare_data", "supervised_experts"]
 
 NEEDS = {CAUSAL: (), CLASSES: ("label",), IMAGES: ("image",)}
 NO_EXPERT = -100  # a task id that the supervised loss leaves out
@@ -83,10 +83,10 @@ def prepare_data(
     """
     if arguments.packing and task != CAUSAL:
         raise ConfigError(f"packing: got model_task {task}, expected {CAUSAL}: other rows cannot share one")
-    read = _read(arguments, NEEDS[task])
-    labels = _classes([r for own in read.values() for side in own for r in side], known) if task == CLASSES else {}
-    sides = {name: _sides(name, own, arguments.heldout, seed) for name, own in read.items()}
-    coded = _coder(task, encoder, arguments.max_length, labels)
+    sides = divided(arguments, seed, task)
+    records = [r for own in sides.values() for side in own for r in side]
+    labels = _classes(records, known) if task == CLASSES else {}
+    coded = coder(task, encoder, arguments.max_length, labels)
     train: dict[str, list[Example]] = {}
     heldout: dict[str, list[Example]] = {}
     for name, (learn, held) in sides.items():
@@ -114,6 +114,16 @@ def prepare_data(
     )
 
 
+def divided(arguments: DataArguments, seed: int, task: str = CAUSAL) -> dict[str, tuple[list[Record], list[Record]]]:
+    """Every domain's records as (to train on, held out), nothing on both sides.
+
+    Raises:
+        ConfigError: a file that is missing, bad or too small; all bad files are named at once.
+    """
+    read = _read(arguments, NEEDS[task])
+    return {name: _sides(name, own, arguments.heldout, seed) for name, own in read.items()}
+
+
 def _read(arguments: DataArguments, needs: Sequence[str]) -> dict[str, list[list[Record]]]:
     """Each domain's records, and those of its held-out source if it has one; all bad files are named at once."""
     read, faults = dict[str, list[list[Record]]](), list[str]()
@@ -136,9 +146,14 @@ def _sides(name: str, read: list[list[Record]], heldout: float, seed: int) -> tu
         raise ConfigError(f"domain {name!r}: {e}") from e
 
 
-def _coder(
+def coder(
     task: str, encoder: Any, max_length: int, labels: Mapping[str | int, int]
 ) -> Callable[[Record], list[Example]]:
+    """What makes rows of a record: by tokenizer, or by a vision-language model's processor.
+
+    ``labels``: a classifier's classes by name.
+    """
+
     def coded(record: Record) -> list[Example]:
         if task == CLASSES and record.label is not None:
             return [encode_class(record, encoder, max_length, labels[record.label])]
