@@ -146,7 +146,8 @@ def ablate(
     documents = with_labels(model, rows)
     check_each(each, list(documents))
     model.eval()
-    keep, runs = ledger or Ledger(), _Runs(model, mixed(documents, pad_token_id, size), seed)
+    keep = Ledger() if ledger is None else ledger  # an empty one is false
+    runs = _Runs(model, mixed(documents, pad_token_id, size), seed)
     plain = keep.piece("ablation: as trained", lambda: runs.measured(_Measure(sites, list(documents))))
     runs.means = {path: torch.tensor(w, dtype=torch.float64) for path, w in plain["means"].items()}
     again = Resampled({name: len(own) for name, own in documents.items()}, resamples, seed)
@@ -189,14 +190,24 @@ def _worst(delta: Mapping[str, Mapping[str, float]]) -> str | None:
 
 
 class Purpose(NamedTuple):
-    """What a lesion hurts most: the domain with the delta there, or None for both where it certainly hurts none."""
+    """What a lesion hurts most: the domain with the delta there, or None for both where it certainly hurts none.
+
+    ``apart``: it hurts no other domain as much, which is when every other one's upper bound is below.
+    """
 
     name: str
     domain: str | None
-    delta: dict[str, float] | None
+    delta: Mapping[str, float] | None
+    apart: bool
 
 
 def purposes(section: Mapping[str, Any]) -> list[Purpose]:
     """What each expert, and each domain's set of favourites, is for; in the order of the section ``ablation``."""
-    cut = [i for i in section["interventions"] if i["kind"] != "gates"]
-    return [Purpose(i["name"], i["worst"], i["delta"].get(i["worst"])) for i in cut]
+    return [_purpose(i["name"], i["worst"], i["delta"]) for i in section["interventions"] if i["kind"] != "gates"]
+
+
+def _purpose(name: str, domain: str | None, delta: Mapping[str, Mapping[str, float]]) -> Purpose:
+    if domain is None:
+        return Purpose(name, None, None, False)
+    others = [d["high"] for other, d in delta.items() if other != domain]
+    return Purpose(name, domain, delta[domain], all(high < delta[domain]["low"] for high in others))

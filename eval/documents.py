@@ -103,17 +103,17 @@ class Resampled:
     """
 
     def __init__(self, sizes: Mapping[str, int], resamples: int, seed: int) -> None:
-        self._drawn: dict[str, Tensor] = {}
+        self.drawn: dict[str, Tensor] = {}
         self._sizes = sizes
         for name, n in sizes.items():
             generator = torch.Generator().manual_seed(digest_of(f"{seed}/{name}") >> 1)
             drawn_WN = torch.randint(n, (resamples, n), generator=generator)
-            self._drawn[name] = torch.cat((torch.arange(n).unsqueeze(0), drawn_WN))
+            self.drawn[name] = torch.cat((torch.arange(n).unsqueeze(0), drawn_WN))
 
     def means(self, losses_N2: Tensor) -> dict[str, Tensor]:
         """Sum of losses over sum of labels, by domain: of all documents, then of each resample, (1 + W)."""
         parts = losses_N2.split(list(self._sizes.values()))
-        sums = {name: own[self._drawn[name]].sum(1) for name, own in zip(self._sizes, parts, strict=True)}
+        sums = {name: own[self.drawn[name]].sum(1) for name, own in zip(self._sizes, parts, strict=True)}
         return {name: s[:, 0] / s[:, 1] for name, s in sums.items()}
 
 

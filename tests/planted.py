@@ -1,4 +1,4 @@
-"""A mixture whose experts are known to be for one domain each: four synthetic domains, an adapter trained on each alone.
+"""A mixture whose experts are known to be for one domain each: four made-up domains, an adapter trained on each alone.
 
 A domain owns fifteen tokens and a rule that makes the next token from the last one. The gates are trained to pick the
 adapter that has the domain's name, so whatever looks for specialisation has to find just that.
@@ -66,8 +66,9 @@ def _base() -> Any:
 
 
 def planted(folder: Path) -> tuple[Any, dict[str, list[Example]]]:
-    """The mixture, in eval mode, with the adapters that it is made of in ``folder``; and twelve texts of each domain that
-    it was not trained on. The same every time.
+    """The mixture, in eval mode, and twelve texts of each domain that it was not trained on; the same every time.
+
+    ``folder``: where the adapters go that it is made of.
     """
     adapters = {}
     with torch.random.fork_rng():
