@@ -90,7 +90,8 @@ def _watch_encoder(
         mask = arguments.get(ENCODER)
         all_real = torch.ones((), dtype=torch.bool, device=main.device).expand(main.shape[0], main[0].numel())
         own = mask != 0 if isinstance(mask, torch.Tensor) and mask.shape == main.shape[:2] else all_real
-        frame = context.Frame(masks={ENCODER: own, "": all_real}, rows=1, tape=recorder)
+        editor = context.editor_of(cast(Any, model)._molora.owner)
+        frame = context.Frame(masks={ENCODER: own, "": all_real}, rows=1, tape=recorder, editor=editor)
         opened.enter_context(context.use(frame))
 
     def leave(*_: Any) -> None:

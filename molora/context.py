@@ -1,8 +1,8 @@
 """What the sites of a model need to know during one forward: masks, model-wide gates, the off switch, losses.
 
 Thread-local at module level: a ContextVar breaks ``torch.compile(fullgraph=True)``, state on the model breaks
-deepcopy and threads. Activation checkpointing recomputes a layer after the forward is over; :func:`checkpoint_contexts`
-gives the recompute a snapshot of the frame it was recorded under.
+deepcopy and threads. Activation checkpointing recomputes a layer after the forward is over, with a snapshot of the
+frame from :func:`checkpoint_contexts`.
 """
 
 from __future__ import annotations
@@ -20,23 +20,11 @@ from molora.config import BalanceConfig
 from molora.errors import ConfigError
 from molora.routing import Routing
 
-__all__ = [
-    "Frame",
-    "Observation",
-    "Report",
-    "both_contexts",
-    "checkpoint_contexts",
-    "current",
-    "here",
-    "is_off",
-    "scratch",
-    "switched_off",
-    "tape_of",
-    "taping",
-    "units",
-    "use",
-    "valid_tokens",
-]
+__all__ = ["Frame", "Observation", "Report", "both_contexts", "checkpoint_contexts", "current", "edited", "editing"]
+__all__ += ["editor_of", "here", "is_off", "scratch", "switched_off", "tape_of", "taping", "units", "use"]
+__all__ += ["valid_tokens"]
+
+Editor = Callable[[str, Routing, Tensor], Routing]  # site path, what its router decided, real tokens (B, S) bool
 
 
 @dataclass
@@ -74,6 +62,7 @@ class Frame:
     ``task_ids``: (B,) or (B, S). ``tape``: site path to recorded routings. ``recompute``: in a checkpoint's recompute.
     ``valid`` and ``shared``: real tokens by stream and length, and the routings of blocks, computed once a forward.
     ``units``: by block, what the up-side linears of a gated unit left for its down linear.
+    ``editor``: changes what the routers decided before anyone uses it, see :func:`editing`.
     """
 
     masks: dict[str, Tensor] = field(default_factory=dict)
@@ -87,12 +76,14 @@ class Frame:
     valid: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     shared: dict[str, Routing] = field(default_factory=dict)
     units: dict[str, Any] = field(default_factory=dict)
+    editor: Editor | None = None
 
 
 class _State(threading.local):
     frame: Frame | None = None
     off: tuple[object, ...] = ()
     tapes: tuple[tuple[object, Any], ...] = ()
+    editors: tuple[tuple[object, Editor], ...] = ()
 
     def __init__(self) -> None:
         self.shared: dict[str, Routing] = {}
@@ -163,6 +154,33 @@ def taping(owner: object, tape: Any) -> Iterator[None]:
 def tape_of(owner: object) -> Any:
     """The innermost tape of ``owner``'s model in this thread, or None."""
     return next((t for o, t in reversed(_state.tapes) if o is owner), None)
+
+
+@contextlib.contextmanager
+def editing(owner: object, editor: Editor) -> Iterator[None]:
+    """Within the block, the experts of ``owner``'s model in this thread get what ``editor`` makes of each decision.
+
+    Called once a decision, not in a scaling pass nor where every expert always counts 1; returns a routing of the same
+    tokens and experts with any number of slots, which tapes see too. A forward that records gradients raises.
+    """
+    before = _state.editors
+    _state.editors = (*before, (owner, editor))
+    try:
+        yield
+    finally:
+        _state.editors = before
+
+
+def editor_of(owner: object) -> Editor | None:
+    """The innermost editor of ``owner``'s model in this thread, or None."""
+    return next((e for o, e in reversed(_state.editors) if o is owner), None)
+
+
+def edited(frame: Frame, site: str, stream: str, routing: Routing) -> Routing:
+    """What the frame's editor, if there is one, makes of the decision of the router at ``site``."""
+    if frame.editor is None:
+        return routing
+    return frame.editor(site, routing, valid_tokens(frame, stream, len(routing.weights), routing.weights.device))
 
 
 def valid_tokens(frame: Frame, stream: str, tokens: int, device: torch.device) -> Tensor:

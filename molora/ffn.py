@@ -101,9 +101,14 @@ class FFNDown(MixtureLinear):
     def _base_of_mixed(self, mixed_TF: Tensor, tokens: torch.Size, weights_TK: Tensor) -> Tensor:
         y = self.base(mixed_TF.view(*tokens, mixed_TF.shape[-1]))
         y_TD = y.reshape(-1, y.shape[-1])
-        if self.bias is not None and self.placement.gate.renormalize != "one":
+        if self.bias is not None and not self._sums_to_one():
             y_TD = y_TD + (weights_TK.to(y_TD.dtype).sum(1, keepdim=True) - 1) * self.bias
         return y_TD
+
+    def _sums_to_one(self) -> bool:
+        frame = context.current()
+        edited = frame is not None and frame.editor is not None  # which may take weight away
+        return self.placement.gate.renormalize == "one" and not edited
 
 
 class FFNRows(RoutedModule):

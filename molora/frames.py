@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molora.context import Frame, tape_of
+from molora.context import Frame, editor_of, tape_of
 from molora.errors import ConfigError
 from molora.install import Mixture
 
@@ -71,11 +71,18 @@ def _task_ids(task_ids: Tensor | None, rows: int, experts: int) -> Tensor | None
 
 
 def open_frame(model: nn.Module, mixture: Mixture, arguments: dict[str, Any], task_ids: Tensor | None) -> Frame:
-    """The :class:`Frame` of this call: masks by stream, rows, task ids, tape, a list for balance losses.
+    """The :class:`Frame` of this call: masks by stream, rows, task ids, tape, editor, a list for balance losses.
 
     Raises:
-        ConfigError: for an empty batch, a mask that does not fit, or task ids of a wrong shape or range.
+        ConfigError: for an empty batch, a mask that does not fit, task ids of a wrong shape or range, or routing that
+            is edited while gradients are recorded.
     """
+    editor = editor_of(mixture.owner)
+    if editor is not None and torch.is_grad_enabled():
+        raise ConfigError(
+            "the routing is edited while gradients are recorded, but losses and recomputes would be those of another "
+            "routing; run the model under torch.no_grad()"
+        )
     main = _main_input(model, arguments)
     if main is not None and main.numel() == 0:
         raise ConfigError(
@@ -89,4 +96,5 @@ def open_frame(model: nn.Module, mixture: Mixture, arguments: dict[str, Any], ta
         observations=[] if collects else None,
         task_ids=_task_ids(task_ids, rows, mixture.sites[0].num_experts),
         tape=tape_of(mixture.owner),
+        editor=editor,
     )

@@ -51,7 +51,11 @@ class RoutedModule(nn.Module):
             return self._of_block(x_TI.shape[0])
         if frame is None and self.training and torch.is_grad_enabled() and (self.has_loss or self._uncounted()):
             raise self._lost("the place for a balance or gate loss")
+        if frame is None and context.editor_of(self.owner) is not None:
+            raise self._lost("what tells real tokens from padding, for the editor of its routing,")
         routing = self._ask(x_TI, frame)
+        if frame is not None:
+            routing = context.edited(frame, self.site.path, self.site.mask, routing)
         if self.site.block:
             context.scratch()[self.site.block] = routing
         self.report(routing, frame, x_TI)
@@ -82,6 +86,7 @@ class RoutedModule(nn.Module):
                 f"{self.site.path}: got {tokens} tokens, but the model-wide gates are for {routing.weights.shape[0]}; "
                 "this module sees another stream of tokens: leave it out with exclude_modules"
             )
+        routing = context.edited(frame, self.site.path, self.site.mask, routing)
         self.report(routing, frame, routing.weights)
         return routing
 

@@ -65,6 +65,10 @@ class Routing:
         """E."""
         return self.logits.shape[-1]
 
+    def decided(self, weights: Tensor, ids: Tensor | None) -> Routing:
+        """The same router's probabilities with another decision."""
+        return Routing(weights, ids, self._probs, self.logits, self.temperature)
+
     def slots(self) -> Tensor:
         """The choices as one-hot rows, (T, K, E) float32; a row of zeros for an empty slot."""
         experts_E = torch.arange(self.num_experts, device=self.logits.device)

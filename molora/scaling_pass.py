@@ -107,7 +107,7 @@ def scaling_pass(
             passed[k] = False
     with (
         torch.no_grad(),
-        context.use(replace(frame, gates=None, pass_value=head.config.scaling_pass_value, tape=None)),
+        context.use(replace(frame, gates=None, pass_value=head.config.scaling_pass_value, tape=None, editor=None)),
     ):
         out = call(**{**passed, "return_dict": True})
     hidden_BSD: Tensor = out.last_hidden_state

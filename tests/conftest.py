@@ -9,7 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -69,3 +69,11 @@ def deterministic() -> Iterator[None]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for adapters that several tests share."""
     return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="session")
+def specialists(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The mixture of tests/planted.py with its texts by domain; for tests that leave it as it is."""
+    from tests.planted import planted  # seconds of imports that most tests do without
+
+    return planted(tmp_path_factory.mktemp("planted"))
