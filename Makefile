@@ -6,7 +6,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-EXTRAS := train,eval,peft,triton,demo,dev
+EXTRAS := train,eval,peft,triton,harness,demo,dev
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
 # Scripts in a virtual environment carry its absolute path: one that was moved or copied here is made anew.

@@ -10,8 +10,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from molora.data import Collator, Example, Record
+from molora.eval.ledger import Track, quiet
 
-__all__ = ["answer", "batches", "exact_match", "generate", "heldout_loss", "prompt_text"]
+__all__ = [
+    "answer",
+    "answer_scores",
+    "batches",
+    "exact_match",
+    "generate",
+    "heldout_loss",
+    "prompt_text",
+    "row_losses",
+]
+
+Scorer = Callable[[Record, str], float]
 
 
 def batches(rows: Sequence[Example], pad_token_id: int, size: int) -> list[tuple[list[int], dict[str, Tensor]]]:
@@ -25,18 +37,33 @@ def batches(rows: Sequence[Example], pad_token_id: int, size: int) -> list[tuple
 
 
 @torch.no_grad()
-def heldout_loss(model: PreTrainedModel, rows: Sequence[Example], pad_token_id: int, size: int = 8) -> float:
-    """Mean negative log-likelihood per label, in nats, over all rows: sum of losses / number of labels, in float32."""
+def row_losses(
+    model: PreTrainedModel,
+    rows: Sequence[Example],
+    pad_token_id: int,
+    size: int = 8,
+    track: Track = quiet,
+    what: str = "loss",
+) -> list[tuple[float, int]]:
+    """Of each row, the sum of its labels' negative log-likelihoods, in nats, and their number; in float32."""
     model.eval()
-    total, count = 0.0, 0
-    for _, batch in batches(rows, pad_token_id, size):
+    out = [(0.0, 0)] * len(rows)
+    for chunk, batch in track(batches(rows, pad_token_id, size), what):
         labels_BS = batch.pop("labels").to(model.device)[:, 1:]
         logits_BSV = model(**{k: v.to(model.device) for k, v in batch.items()}).logits[:, :-1]
-        # Only rows with a label: a float32 copy of all logits is the largest tensor of the whole run.
-        wanted = labels_BS >= 0
-        total += nn.functional.cross_entropy(logits_BSV[wanted].float(), labels_BS[wanted], reduction="sum").item()
-        count += int(wanted.sum())
-    return total / count
+        # Only tokens with a label: a float32 copy of all logits is the largest tensor of the whole run.
+        wanted_BS = labels_BS >= 0
+        losses_T = nn.functional.cross_entropy(logits_BSV[wanted_BS].float(), labels_BS[wanted_BS], reduction="none")
+        counts = wanted_BS.sum(1).tolist()
+        for i, own, n in zip(chunk, losses_T.double().cpu().split(counts), counts, strict=True):
+            out[i] = own.sum().item(), n
+    return out
+
+
+def heldout_loss(model: PreTrainedModel, rows: Sequence[Example], pad_token_id: int, size: int = 8) -> float:
+    """Mean negative log-likelihood per label, in nats, over all rows: sum of losses / number of labels."""
+    found = row_losses(model, rows, pad_token_id, size)
+    return sum(loss for loss, _ in found) / sum(n for _, n in found)
 
 
 def prompt_text(record: Record, tokenizer: Any, words: int = 12) -> str:
@@ -50,14 +77,19 @@ def prompt_text(record: Record, tokenizer: Any, words: int = 12) -> str:
 
 @torch.no_grad()
 def generate(
-    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, size: int = 32
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    size: int = 32,
+    track: Track = quiet,
+    what: str = "answers",
 ) -> list[str]:
     """Greedy continuations, without special tokens. Batches are padded on the left; prompts of like length together."""
     model.eval()
     done: dict[int, str] = {}
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), size):
-        chunk = order[start : start + size]
+    for chunk in track([order[start : start + size] for start in range(0, len(order), size)], what):
         encoded = tokenizer(
             [prompts[i] for i in chunk],
             padding=True,
@@ -72,19 +104,31 @@ def generate(
     return [done[i] for i in range(len(prompts))]
 
 
-def exact_match(
+def answer_scores(
     model: PreTrainedModel,
     tokenizer: Any,
     records: Sequence[Record],
-    scorer: Callable[[Record, str], float],
+    scorer: Scorer,
     max_new_tokens: int = 24,
-) -> dict[str, float]:
-    """Share of conversations answered right, by task (``""`` for records without one)."""
-    answers = generate(model, tokenizer, [prompt_text(r, tokenizer) for r in records], max_new_tokens)
+    size: int = 32,
+    track: Track = quiet,
+    what: str = "answers",
+) -> dict[str, list[float]]:
+    """What ``scorer`` says of each conversation's greedy answer, by task (``""`` for records without one)."""
+    prompts = [prompt_text(r, tokenizer) for r in records]
+    answers = generate(model, tokenizer, prompts, max_new_tokens, size, track, what)
     scores: dict[str, list[float]] = {}
     for record, text in zip(records, answers, strict=True):
         scores.setdefault(record.task, []).append(scorer(record, text))
-    return {task: sum(s) / len(s) for task, s in scores.items()}
+    return scores
+
+
+def exact_match(
+    model: PreTrainedModel, tokenizer: Any, records: Sequence[Record], scorer: Scorer, max_new_tokens: int = 24
+) -> dict[str, float]:
+    """Share of conversations answered right, by task (``""`` for records without one)."""
+    found = answer_scores(model, tokenizer, records, scorer, max_new_tokens)
+    return {task: sum(s) / len(s) for task, s in found.items()}
 
 
 def answer(

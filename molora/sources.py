@@ -10,14 +10,14 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from molora.errors import ConfigError, nearest
 from molora.records import COLUMNS, Columns, Record, Source, record
 
-__all__ = ["HUB", "read_jsonl", "read_source"]
+__all__ = ["HUB", "read_jsonl", "read_lines", "read_source"]
 
 HUB = "hf:"  # hf:name[:config][:split], what datasets.load_dataset takes
 FAULTS_SHOWN = 5
@@ -25,6 +25,9 @@ NAMES_SHOWN = 12
 JSONL = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
 ENDINGS = (*JSONL, ".parquet", ".txt")
 
+KINDS = f"a file of JSON lines, .parquet or .txt, a folder of these, or {HUB}<name>"
+
+T = TypeVar("T")
 Rows = Iterable[tuple[str, Any]]  # where it stands, and the row, or the ValueError that it ended in
 
 
@@ -66,13 +69,22 @@ def read_jsonl(path: Path | str, columns: Columns | None = None, needs: Collecti
     return _gather(str(path), _lines(path), columns or Columns(), needs, path.parent)
 
 
-def _existing(path: Path) -> Path:
+def read_lines(path: Path | str, parse: Callable[[Any, str], T]) -> list[T]:
+    """What ``parse`` makes of each JSON line of a file and of where it stands; it raises ValueError for a bad one.
+
+    Raises:
+        ConfigError: as :func:`read_jsonl`.
+    """
+    path = _existing(Path(path), "a file of JSON lines")
+    found, faults = _parsed(_lines(path), parse)
+    return _whole(str(path), found, faults)
+
+
+def _existing(path: Path, expected: str = KINDS) -> Path:
     if path.is_file():
         return path
     what = "is a folder" if path.is_dir() else "does not exist"
-    raise ConfigError(
-        f"{path} {what}; expected a file of JSON lines, .parquet or .txt, a folder of these, or {HUB}<name>"
-    )
+    raise ConfigError(f"{path} {what}; expected {expected}")
 
 
 def _bytes(path: Path) -> bytes:
@@ -170,25 +182,40 @@ def _table(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Any
 def _gather(
     name: str, rows: Rows, columns: Columns, needs: Collection[str], folder: Path, names: Iterable[str] = ()
 ) -> list[Record]:
-    records, faults, seen = list[Record](), list[str](), dict.fromkeys(names)
-    for where, row in rows:
-        try:
-            if isinstance(row, ValueError):
-                raise row
-            seen |= dict.fromkeys(row if isinstance(row, dict) else ())
-            records.append(record(row, columns, needs, folder, where))
-        except ValueError as e:
-            faults.append(f"{where}: {_fault(e)}")
+    seen = dict.fromkeys(names)
+
+    def parse(row: Any, where: str) -> Record:
+        seen.update(dict.fromkeys(row if isinstance(row, dict) else ()))
+        return record(row, columns, needs, folder, where)
+
+    records, faults = _parsed(rows, parse)
     missing = [c for c in columns.given if c not in seen] if seen else []
     if missing:
         there = ", ".join(map(repr, list(seen)[:NAMES_SHOWN]))
         raise ConfigError("\n".join(f"{name}: no column {c!r}; there is {there}{nearest(c, seen)}" for c in missing))
+    return _whole(name, records, faults)
+
+
+def _parsed(rows: Rows, parse: Callable[[Any, str], T]) -> tuple[list[T], list[str]]:
+    """What could be parsed, and what is wrong with the rest."""
+    found, faults = list[T](), list[str]()
+    for where, row in rows:
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            found.append(parse(row, where))
+        except ValueError as e:
+            faults.append(f"{where}: {_fault(e)}")
+    return found, faults
+
+
+def _whole(name: str, found: list[T], faults: list[str]) -> list[T]:
     if faults:
         more = f"\n... and {len(faults) - FAULTS_SHOWN} more lines" if len(faults) > FAULTS_SHOWN else ""
         raise ConfigError("\n".join(faults[:FAULTS_SHOWN]) + more)
-    if not records:
+    if not found:
         raise ConfigError(f"{name} has no records; expected at least one line, row or paragraph")
-    return records
+    return found
 
 
 def _fault(error: ValueError) -> str:

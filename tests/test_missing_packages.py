@@ -32,6 +32,7 @@ TRAIN = ["train", "--config", str(ROOT / "training/configs/demo_mixlora.yaml"), 
 CASES = {
     "train without accelerate": (("accelerate", "peft"), COMMAND.format(arguments=TRAIN), "molora[train]"),
     "bench without peft": (("peft",), COMMAND.format(arguments=["bench", "cpu"]), "molora[peft]"),
+    "the harness without lm-eval": (("lm_eval",), "from molora.eval.harness import main\nmain()", "molora[harness]"),
 }
 
 
