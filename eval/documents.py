@@ -13,7 +13,7 @@ from molora.data import IGNORED, Collator, Example, learned
 from molora.errors import ConfigError
 from molora.eval.inputs import digest_of
 from molora.eval.specialisation import LEVEL
-from molora.eval.summary import DIGITS
+from molora.eval.document import DIGITS
 
 __all__ = ["Mixed", "Resampled", "mixed", "row_losses"]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "assignment_counts",
     "coefficient_of_variation",
     "dead",
     "effective_experts",
@@ -23,6 +24,23 @@ __all__ = [
     "mutual_information",
     "permutation_p_value",
 ]
+
+
+def assignment_counts(
+    weights_TK: Tensor, ids_TK: Tensor | None, valid_T: Tensor | None, num_experts: int, rows: int
+) -> Tensor:
+    """Assignments of each row of a batch to each expert, (B, E) float64. Empty slots (-1) and padding do not count.
+
+    Dense routing (``ids_TK`` None) has no assignments: every expert counts with its weight.
+    """
+    if ids_TK is None:
+        counts_TE = weights_TK.double()
+    else:
+        one_hot_TKE = torch.nn.functional.one_hot(ids_TK.clamp_min(0), num_experts) * (ids_TK >= 0).unsqueeze(-1)
+        counts_TE = one_hot_TKE.sum(1).double()
+    if valid_T is not None:
+        counts_TE = counts_TE * valid_T.unsqueeze(-1)
+    return counts_TE.view(rows, -1, num_experts).sum(1)
 
 
 def group_counts(counts_NME: Tensor, group_N: Tensor, num_groups: int) -> Tensor:

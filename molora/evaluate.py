@@ -132,7 +132,9 @@ class Evaluation:
     def model(self) -> PreTrainedModel:
         """The base with the adapter on it, in eval mode."""
         if self._given is not None:
-            return self._given.eval()
+            given: PreTrainedModel = self._given
+            given.eval()
+            return given
         where = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
         model: Any = load(load_base(self._model_arguments), self.arguments.adapter)
         placed: PreTrainedModel = model.eval().to(where)

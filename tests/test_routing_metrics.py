@@ -12,12 +12,22 @@ import torch
 from molora.errors import ConfigError
 from molora.eval.figures import load_heatmaps, need_matplotlib, site_labels
 from molora.eval.metrics import (
+    assignment_counts,
     entropy,
     load,
     max_violation,
     mutual_information,
     permutation_p_value,
 )
+
+
+def test_assignments_leave_out_padding_and_empty_slots() -> None:
+    ids_TK = torch.tensor([[0, 1], [1, -1], [2, 0], [2, 2]])
+    valid_T = torch.tensor([True, True, True, False])
+    counts = assignment_counts(torch.ones(4, 2), ids_TK, valid_T, 3, rows=2)
+    assert counts.tolist() == [[1, 2, 0], [1, 0, 1]]
+    dense = assignment_counts(torch.tensor([[0.25, 0.75], [1.0, 0.0]]), None, None, 2, rows=1)
+    assert dense.tolist() == [[1.25, 0.75]]
 
 
 def test_balance_at_its_ends() -> None:
