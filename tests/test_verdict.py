@@ -6,9 +6,13 @@ import pytest
 import torch
 
 from molora.errors import ConfigError
+from molora.eval.ablate import ablate
 from molora.eval.metrics import dead, effective_experts, entropy, load, max_violation
+from molora.eval.routing import record_domains
 from molora.eval.specialisation import information
+from molora.eval.summary import summary
 from molora.eval.verdict import FAILURES, fails, verdict
+from tests.planted import RULES, dealt
 
 EVEN, COLLAPSED = [1.0, 1, 1, 1], [1.0, 0, 0, 0]
 
@@ -111,3 +115,28 @@ def test_every_condition_looks_at_a_statement_that_there_is():
     assert {key for key, _ in FAILURES.values()} == keys
     with pytest.raises(ConfigError, match="got 'colapsed', expected one of collapsed"):
         fails({}, "colapsed")
+
+
+def test_of_planted_specialists_the_verdict_names_each_for_its_domain(specialists: Any):
+    found = planted_document(*specialists)
+    assert [s.title for s in verdict(found)] == ["Balanced", "Not collapsed", "Strongly specialised", "Routing matters"]
+    text = verdict(found)[-1].text
+    assert "Without a domain's favourite experts that domain suffers most in 4 of 4 cases." in text
+    assert "4 of 4 experts are named for the domain that suffers most without them." in text
+
+
+def test_of_the_same_texts_under_dealt_names_the_verdict_says_not_specialised(specialists: Any):
+    model, rows = specialists
+    found = planted_document(model, dealt(rows))
+    assert said(found)["specialised"] == ("warn", "Not specialised")
+    assert "0 of 4 experts are named for the domain that suffers most" in verdict(found)[-1].text
+
+
+def planted_document(model: Any, rows: dict[str, Any]) -> dict[str, Any]:
+    documents = {name: [[row] for row in own] for name, own in rows.items()}
+    return {
+        "name": "planted",
+        "routing": summary(record_domains(model, documents, 0), permutations=200, resamples=100),
+        "ablation": ablate(model, rows, 0, resamples=100),
+        "expert_names": list(RULES),
+    }
