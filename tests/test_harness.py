@@ -134,9 +134,12 @@ def test_an_answer_ends_with_its_end_token_its_stop_or_its_last_token():
     assert fed_tokens([], {0}, ["x"], decode) == 0
 
 
+@pytest.mark.slow
 def test_a_batch_size_that_lm_eval_finds_by_trying_counts_no_trial(place: Place, tmp_path: Path):
-    fixed = MoloraLM(str(place.adapter), routing=tmp_path / "a.json", batch_size=4, max_length=64)
-    auto = MoloraLM(str(place.adapter), routing=tmp_path / "b.json", batch_size="auto", max_batch_size=2, max_length=64)
+    fixed = MoloraLM(str(place.adapter), routing=tmp_path / "a.json", batch_size=4, max_length=128)
+    auto = MoloraLM(
+        str(place.adapter), routing=tmp_path / "b.json", batch_size="auto", max_batch_size=2, max_length=128
+    )
     for lm in (fixed, auto):
         evaluate(lm, place, "choices", "texts", "answers")
     assert {k: v.tolist() for k, v in auto.stats.units.items()} == {k: v.tolist() for k, v in fixed.stats.units.items()}
