@@ -33,14 +33,13 @@ except ImportError as e:
 
 __all__ = ["MoloraLM", "register"]
 
-NAME = "molora"
 SCHEMA = 1  # of the evaluation document
 
 
 def register() -> None:
     """Let this process's lm-eval know the model by name."""
-    if NAME not in model_registry:
-        model_registry.register(NAME, target=MoloraLM)
+    if "molora" not in model_registry:
+        model_registry.register("molora", target=MoloraLM)
 
 
 class MoloraLM(HFLM):  # type: ignore[misc]  # lm-eval carries no types
@@ -49,6 +48,8 @@ class MoloraLM(HFLM):  # type: ignore[misc]  # lm-eval carries no types
     Without the mask padding would be routed like text: it would count, and in gates with a capacity take places from
     real tokens. ``stats`` are the counts so far, by task, if ``routing`` was asked for.
     """
+
+    _model: Any
 
     def __init__(
         self, pretrained: Any, base: str | None = None, routing: str | os.PathLike[str] | None = None, **kwargs: Any
@@ -211,8 +212,6 @@ class MoloraLM(HFLM):  # type: ignore[misc]  # lm-eval carries no types
             last = {"logits_to_keep": 1} if short else {}
             self._forward(documents, input_ids=ids_BS, attention_mask=mask_BS, **last)
         return out_BS
-
-    # ------------------------------------------------------------------------------------------------- counting routing
 
     @contextlib.contextmanager
     def _counting(self, documents: Iterator[Document]) -> Iterator[None]:

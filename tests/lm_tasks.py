@@ -25,6 +25,7 @@ QUESTIONS: list[dict[str, Any]] = [
     {"question": "to be or", "choices": ["not", "not to be", "!"], "answer": 1},
 ]
 TEXTS = ["to be or not to be! " * 20, "one!", "one!!"]  # the first has several windows
+ANSWER = 12  # tokens
 STOPS = ["H", "CC"]  # what the tiny model comes to say of itself, for some prompts
 PROMPTS = ["a", "a much longer prompt!", "some", "four letters", "!"]
 
@@ -55,7 +56,7 @@ def write_tasks(folder: Path, questions: list[dict[str, Any]] = QUESTIONS) -> Pa
             "output_type": "generate_until",
             "doc_to_text": "prompt",
             "doc_to_target": "said",
-            "generation_kwargs": {"until": STOPS, "max_gen_toks": 12},
+            "generation_kwargs": {"until": STOPS, "max_gen_toks": ANSWER},
             "metric_list": [{"metric": "exact_match"}],
         },
     }

@@ -19,7 +19,7 @@ from molora.eval.metrics import assignment_counts
 from molora.eval.record import record_routing
 from molora.eval.scores import scores
 from tests.conftest import close
-from tests.lm_tasks import PROMPTS, QUESTIONS, STOPS, TEXTS, Place, evaluate, loaded, numbers, tiny_place
+from tests.lm_tasks import ANSWER, PROMPTS, QUESTIONS, STOPS, TEXTS, Place, evaluate, loaded, numbers, tiny_place
 from tests.tiny_text import tokenizer
 
 
@@ -58,30 +58,34 @@ def test_our_own_multiple_choice_gives_the_same_numbers(place: Place):
 # -------------------------------------------------------------------------------------------------------------- routing
 
 
-def slow_counts(model: Any, place: Place) -> Counter[tuple[str, int, str, int]]:
-    """Assignments by (task, document, site, expert), a row at a time: no batch, no padding."""
-    tok, out, rows = tokenizer(), Counter[tuple[str, int, str, int]](), list[tuple[str, int, list[int]]]()
-    seen, ended = set(), 0
+def slow_rows(model: Any, longest: int, once: bool) -> list[tuple[str, int, list[int]]]:
+    """Task, document and tokens of every row, as lm-eval makes them of texts longer than ``longest``, too."""
+    tok, rows, seen, ended = tokenizer(), list[tuple[str, int, list[int]]](), set(), 0
     for i, q in enumerate(QUESTIONS):
         for choice in q["choices"]:
             ids = tok(f"{q['question']} {choice}").input_ids[:-1]
-            if tuple(ids) not in seen:  # lm-eval runs them once
-                rows.append(("choices", i, ids))
+            if tuple(ids) not in seen or not once:  # lm-eval keeps its logits for choices that differ in the last token
+                rows.append(("choices", i, ids[-longest:]))
             seen.add(tuple(ids))
     for i, text in enumerate(TEXTS):
         ids = [tok.eos_token_id, *tok(text).input_ids]
-        rows.append(("texts", i, ids[:256][: len(ids) - 1]))
-        rest = len(ids) - 1 - 256
-        if rest > 0:
-            rows.append(("texts", i, ids[-257:-1]))
+        for end in range(longest, len(ids) - 1 + longest, longest):
+            stop = min(end, len(ids) - 1)
+            rows.append(("texts", i, ids[max(stop - longest, 0) : stop]))
     for i, prompt in enumerate(PROMPTS):
-        ids = tok(prompt, return_tensors="pt").input_ids
-        said = model.generate(input_ids=ids, max_new_tokens=12, do_sample=False)[0].tolist()
+        ids = tok(prompt, return_tensors="pt").input_ids[:, -(longest - ANSWER) :]
+        said = model.generate(input_ids=ids, max_new_tokens=ANSWER, do_sample=False)[0].tolist()
         new = said[ids.shape[1] :]
         ends = [n for n in range(len(new)) if any(stop in tok.decode(new[: n + 1]) for stop in STOPS)]
         ended += bool(ends)
         rows.append(("answers", i, said[: ids.shape[1] + min([*ends, len(new) - 1])]))  # the last is never fed
     assert 1 < ended < len(PROMPTS)
+    return rows
+
+
+def slow_counts(model: Any, rows: list[tuple[str, int, list[int]]]) -> Counter[tuple[str, int, str, int]]:
+    """Assignments by (task, document, site, expert), a row at a time: no batch, no padding."""
+    out = Counter[tuple[str, int, str, int]]()
     for task, i, ids in rows:
         with torch.no_grad(), record_routing(model) as tape:
             model(input_ids=torch.tensor([ids]))
@@ -92,11 +96,15 @@ def slow_counts(model: Any, place: Place) -> Counter[tuple[str, int, str, int]]:
     return out
 
 
-def test_routing_is_counted_by_task_and_document_without_padding(place: Place, tmp_path: Path):
+@pytest.mark.parametrize(("longest", "once"), [(256, True), (30, False)])
+def test_routing_is_counted_by_task_and_document_without_padding(
+    longest: int, once: bool, place: Place, tmp_path: Path
+):
     file = tmp_path / "new" / "evaluation.json"
-    lm = MoloraLM(str(place.adapter), routing=file, batch_size=4)
+    lm = MoloraLM(str(place.adapter), routing=file, batch_size=4, max_length=longest, logits_cache=once)
     evaluate(lm, place, "choices", "texts", "answers")
-    expected = {k: n for k, n in slow_counts(loaded(place), place).items() if n}
+    model = loaded(place)
+    expected = {k: n for k, n in slow_counts(model, slow_rows(model, longest, once)).items() if n}
     numbers_of = {digest_of(f"{task}/{i}"): i for task in ("choices", "texts", "answers") for i in range(5)}
     found = {}
     for (task, digest), counts in lm.stats.units.items():
@@ -126,9 +134,12 @@ def test_an_answer_ends_with_its_end_token_its_stop_or_its_last_token():
     assert fed_tokens([], {0}, ["x"], decode) == 0
 
 
+@pytest.mark.slow
 def test_a_batch_size_that_lm_eval_finds_by_trying_counts_no_trial(place: Place, tmp_path: Path):
-    fixed = MoloraLM(str(place.adapter), routing=tmp_path / "a.json", batch_size=4)
-    auto = MoloraLM(str(place.adapter), routing=tmp_path / "b.json", batch_size="auto", max_batch_size=2)
+    fixed = MoloraLM(str(place.adapter), routing=tmp_path / "a.json", batch_size=4, max_length=128)
+    auto = MoloraLM(
+        str(place.adapter), routing=tmp_path / "b.json", batch_size="auto", max_batch_size=2, max_length=128
+    )
     for lm in (fixed, auto):
         evaluate(lm, place, "choices", "texts", "answers")
     assert {k: v.tolist() for k, v in auto.stats.units.items()} == {k: v.tolist() for k, v in fixed.stats.units.items()}
