@@ -11,9 +11,9 @@ from transformers import PreTrainedModel
 
 from molora.data import IGNORED, Collator, Example, learned
 from molora.errors import ConfigError
+from molora.eval.document import DIGITS
 from molora.eval.inputs import digest_of
 from molora.eval.specialisation import LEVEL
-from molora.eval.document import DIGITS
 
 __all__ = ["Mixed", "Resampled", "mixed", "row_losses"]
 

@@ -16,8 +16,10 @@ from torch import Tensor
 from molora import context
 from molora.checkpoint import read_adapter
 from molora.errors import AdapterError, ConfigError
-from molora.eval.harness_rows import NOBODY, Document, ExpectedRows, answered_rows, document_of, write_json
+from molora.eval.document import SCHEMA, write_json
+from molora.eval.harness_rows import NOBODY, Document, ExpectedRows, answered_rows, document_of
 from molora.eval.recorder import RoutingRecorder, routed_sites
+from molora.eval.routing import token_texts
 from molora.eval.stats import RoutingStats, merge
 from molora.eval.summary import summary
 from molora.eval.watch import collect_routing
@@ -32,8 +34,6 @@ except ImportError as e:
     raise ConfigError("the package lm-eval is not installed: pip install 'molora[harness]'") from e
 
 __all__ = ["MoloraLM", "register"]
-
-SCHEMA = 1  # of the evaluation document
 
 
 def register() -> None:
@@ -140,15 +140,20 @@ class MoloraLM(HFLM):  # type: ignore[misc]  # lm-eval carries no types
         """
         if self.stats is None:
             raise ConfigError("evaluation: nothing was counted; give routing=FILE, and score something first")
-        names, section = [name for name, _ in self.model._molora.config.adapters], summary(self.stats)
-        shown = {i for sample in section["samples"] for ids in sample["tokens"].values() for i in ids}
-        shown |= {word[0] for site in section["vocabulary"] for words in site["words"] for word in words}
+        config, section = self.model._molora.config, summary(self.stats)
+        counted = {task: own["documents"] for task, own in section["domains"].items()}
         return {
             "schema": SCHEMA,
-            "name": Path(self._adapter).name if self._adapter else self.model._molora.config.recipe,
-            "expert_names": names or None,
-            "tokens": {str(i): self.tok_decode([i], skip_special_tokens=False) for i in sorted(shown)},
+            "name": Path(self._adapter).name if self._adapter else config.recipe,
+            "provenance": {
+                "recipe": config.recipe,
+                "adapter": {"folder": self._adapter},
+                "base": {"name": self.model.config._name_or_path, "class": type(self.model).__name__},
+                "data": {task: {"source": "lm-evaluation-harness", "documents": n} for task, n in counted.items()},
+            },
+            "expert_names": [name for name, _ in config.adapters] or None,
             "routing": section,
+            "tokens": token_texts(section, self.tokenizer),
         }
 
     # ----------------------------------------------------------------------------------------- forwards and their rows

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import bisect
-import json
-import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["NOBODY", "Document", "ExpectedRows", "answered_rows", "document_of", "fed_tokens", "padded", "write_json"]
+__all__ = ["NOBODY", "Document", "ExpectedRows", "answered_rows", "document_of", "fed_tokens", "padded"]
 
 
 class Document(NamedTuple):
@@ -97,11 +94,3 @@ def padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor,
     ids = [[*row, *[0] * (longest - len(row))] for row in rows]
     mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write the file whole: a reader finds the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(path.name + ".new")
-    staged.write_text(json.dumps(value, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(staged, path)
