@@ -15,7 +15,7 @@ from molora.eval.inputs import digest_of
 from molora.eval.specialisation import LEVEL
 from molora.eval.summary import DIGITS
 
-__all__ = ["Mixed", "Resampled", "mixed", "row_losses"]
+__all__ = ["Mixed", "Resampled", "bounds", "mixed", "row_losses", "with_labels"]
 
 
 class Mixed(NamedTuple):
