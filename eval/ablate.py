@@ -192,7 +192,7 @@ def _worst(delta: Mapping[str, Mapping[str, float]]) -> str | None:
 class Purpose(NamedTuple):
     """What a lesion hurts most: the domain with the delta there, or None for both where it certainly hurts none.
 
-    ``apart``: it hurts no other domain as much, which is when every other one's upper bound is below.
+    ``apart``: there are other domains, and it hurts each of them less: their upper bounds are below its lower one.
     """
 
     name: str
@@ -210,4 +210,4 @@ def _purpose(name: str, domain: str | None, delta: Mapping[str, Mapping[str, flo
     if domain is None:
         return Purpose(name, None, None, False)
     others = [d["high"] for other, d in delta.items() if other != domain]
-    return Purpose(name, domain, delta[domain], all(high < delta[domain]["low"] for high in others))
+    return Purpose(name, domain, delta[domain], bool(others) and max(others) < delta[domain]["low"])

@@ -15,7 +15,7 @@ from molora.eval.document import DIGITS
 from molora.eval.inputs import digest_of
 from molora.eval.specialisation import LEVEL
 
-__all__ = ["Mixed", "Resampled", "mixed", "row_losses"]
+__all__ = ["Mixed", "Resampled", "bounds", "mixed", "row_losses", "with_labels"]
 
 
 class Mixed(NamedTuple):

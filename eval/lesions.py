@@ -50,19 +50,21 @@ def check_each(each: str, domains: Sequence[str]) -> None:
 
 
 def names_of(adapters: Sequence[str], sites: Sequence[SiteInfo], given: Sequence[str] | None) -> tuple[str, ...] | None:
-    """The names of the experts of every router, if they have any.
+    """The names of the experts of every router: those ``given``, or the adapters' where every router mixes adapters.
 
     Raises:
-        ConfigError: for names that do not fit some router.
+        ConfigError: for given names that do not fit some router.
     """
     names = tuple(adapters if given is None else given)
-    odd = next((s for s in sites if names and s.experts != len(names)), None)
+    odd = next((s for s in sites if s.experts != len(names)), None)
+    if given is None:
+        return names if odd is None else None
     if odd is not None:
         raise ConfigError(
             f"expert_names: got {len(names)} names, but {odd.path} has {odd.experts} experts; expected one name for "
             "each expert of every router, or None"
         )
-    return names or None
+    return names
 
 
 def gates(sites: Sequence[SiteInfo]) -> list[Intervention]:

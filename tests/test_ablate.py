@@ -14,10 +14,12 @@ from molora.errors import ConfigError, MoloraError
 from molora.eval.ablate import ablate, purposes
 from molora.eval.ledger import Ledger
 from molora.eval.lesions import favourites
+from molora.eval.record import record_routing
 from molora.eval.score import batches, heldout_loss
 from molora.eval.summary import summary
 from molora.eval.watch import collect_routing
 from tests import behaviours, tiny
+from tests.conftest import close
 from tests.planted import RULES, dealt
 
 Planted = tuple[Any, dict[str, list[Example]]]
@@ -112,11 +114,46 @@ def test_the_model_stays_and_the_same_seed_gives_the_same_bytes(recipe: str) -> 
     before, bits = tiny.output(model, inputs), behaviours.digest(model.state_dict())
     first, again, other = (ablate(model, DATA, 0, resamples=50, seed=s) for s in (0, 0, 1))
     assert json.dumps(first) == json.dumps(again)
-    assert first["interventions"][2] != other["interventions"][2]
-    assert first["interventions"][1]["delta"]["low"]["value"] == other["interventions"][1]["delta"]["low"]["value"]
+    values = [[i["delta"]["low"]["value"] for i in section["interventions"]] for section in (first, other)]
+    same = [name for name, a, b in zip(by_name(first), *values, strict=True) if a == b]
+    assert same == [name for name in by_name(first) if name not in ("shuffled", "random")], "what is drawn changes"
     assert torch.equal(tiny.output(model, inputs), before)
     assert behaviours.digest(model.state_dict()) == bits
     assert behaviours.snapshot(model)["hooks"] == behaviours.snapshot(behaviours.armed(recipe, "llama"))["hooks"]
+
+
+def test_dropout_is_off() -> None:
+    model = behaviours.armed("mola", "llama", lora_dropout=0.5)
+    assert ablate(model.train(), DATA, 0, resamples=5) == ablate(model.eval(), DATA, 0, resamples=5)
+
+
+def test_the_worst_domain_is_certainly_hurt(found: dict[str, Any], control: dict[str, Any]) -> None:
+    """Of the domains with the whole interval above 0, the one of the largest delta; the control has all cases."""
+    seen = set()
+    for i in (*found["interventions"], *control["interventions"]):
+        hurt = {name: d["value"] for name, d in i["delta"].items() if d["low"] > 0}
+        assert i["worst"] == (max(hurt, key=lambda name: hurt[name]) if hurt else None)
+        seen.add((bool(hurt), any(d["value"] > 0 >= d["low"] for d in i["delta"].values())))
+    assert {(True, True), (True, False), (False, False)} <= seen
+
+
+@pytest.mark.parametrize("recipe", ["mola", "xlora", "smora"])
+def test_gates_and_counts_are_those_of_each_text_alone(recipe: str, tmp_path: Path) -> None:
+    """The mean gates that ``frozen`` uses, and the counts behind favourites: without the padding of batches."""
+    model, path = behaviours.armed(recipe, "llama"), tmp_path / "progress.jsonl"
+    ablate(model, DATA, 0, resamples=5, each="none", ledger=Ledger(path))
+    plain = Ledger(path).piece("ablation: as trained", lambda: {})
+    tapes = {}
+    for domain, own in DATA.items():
+        with record_routing(model) as tapes[domain]:
+            for row in own:
+                tiny.output(model, {"input_ids": torch.tensor([row["input_ids"]])})
+    for site, mean in plain["means"].items():
+        all_TE = torch.cat([r.dense() for tape in tapes.values() for r in tape[site]])
+        close(torch.tensor(mean), all_TE.mean(0), "same_math_fp32")
+        for domain, tape in tapes.items():
+            counts = sum(r.slots().sum((0, 1)) if r.ids is not None else r.weights.sum(0) for r in tape[site])
+            close(torch.tensor(plain["picks"][site][domain]), torch.as_tensor(counts), "same_math_fp32")
 
 
 def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:

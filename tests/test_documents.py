@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as tf
 
+import molora
 from molora.data import Example
 from molora.eval.ablate import ablate
 from molora.eval.documents import Resampled, bounds, mixed, row_losses
+from molora.eval.record import record_routing
 from tests import behaviours
-from tests.tiny import base_model
+from tests.tiny import GQA, SMALL, VISION, arm, base_model
 
 
 def text(length: int, start: int = 3, **more: Any) -> Example:
@@ -68,6 +71,28 @@ def test_models_of_every_kind_are_ablated(name: str) -> None:
     section = ablate(behaviours.armed("mixlora", name), rows, 0, resamples=20)
     assert section["tokens"]["a"] == {"t5": 15, "bert": 3, "gpt2": 12}[name]
     assert any(i["delta"]["a"]["value"] for i in section["interventions"])
+
+
+def test_rows_with_images_are_ablated() -> None:
+    vision = tf.CLIPVisionConfig(**VISION, image_size=16, patch_size=8)
+    config = tf.LlavaConfig(vision_config=vision, text_config=tf.LlamaConfig(**GQA), image_token_id=60)
+    model = arm(molora.convert(tf.LlavaForConditionalGeneration(config).eval(), "llava_mole", **SMALL["llava_mole"]))
+    rows = [text(6, pixel_values=torch.full((1, 3, 16, 16), float(i))) for i in range(4)]
+    for row in rows:
+        row["input_ids"] = [60] * 4 + row["input_ids"]  # four patches of an image
+        row["labels"] = [-100] * 4 + row["labels"]
+    section = ablate(model, {"a": rows[:2], "b": rows[2:]}, 0, resamples=5)
+    assert section["tokens"] == {"a": 12, "b": 12}
+    assert section["loss"]["a"] != section["loss"]["b"], "the images count"
+
+
+def test_padding_of_a_decoder_is_padding_to_its_routers() -> None:
+    model, rows = behaviours.armed("mixlora", "t5"), [text(n) for n in (6, 11, 3)]
+    (batch,) = mixed({"a": rows}, 0, 8)
+    with record_routing(model) as tape, torch.no_grad():
+        row_losses(model, batch.inputs)
+    for site, (record,) in tape.items():
+        assert int(record.valid.sum()) == 20, site
 
 
 def test_intervals_are_those_of_a_slow_loop() -> None:

@@ -144,6 +144,22 @@ def test_one_call_a_decision_and_none_for_the_scaling_pass(recipe: str, name: st
         assert (record.rows, int(record.valid.sum())) == (shape[0], real)
 
 
+def test_routers_of_both_kinds_are_edited_once(tmp_path: Path) -> None:
+    """Blocks with routers of their own beside a model-wide one: in its scaling pass their routing is left alone."""
+    whole = molora.recipes.xlora(adapters=tiny.adapters(tmp_path, "llama"), xlora_depth=1, scaling_pass_value=0.5)
+    blocks = molora.recipes.llava_mole(r=4, num_experts=4).placements[0]
+    config = whole.replace(placements=(blocks, whole.placements[0].replace(select="rest")))
+    model, calls = tiny.arm(molora.convert(tiny.base_model("llama"), config)).eval(), []
+
+    def editor(site: str, routing: Routing, valid_BS: Tensor) -> Routing:
+        calls.append(site)
+        return routing
+
+    with context.editing(model._molora.owner, editor):
+        tiny.output(model, padded("llama"))
+    assert sorted(calls) == sorted(s.path for s in routed_sites(model))
+
+
 @mixtures
 def test_shuffling_keeps_the_loads(recipe: str) -> None:
     """At the first router, whose input does not depend on any routing; a model-wide one's gates come from the base."""
