@@ -17,11 +17,11 @@ from transformers import PreTrainedModel
 from molora import context
 from molora.data import Example
 from molora.errors import ConfigError, MoloraError
-from molora.eval.documents import Mixed, Resampled, bounds, mixed, row_losses, with_labels
 from molora.eval.edits import Scene
 from molora.eval.ledger import Ledger, Track, quiet
-from molora.eval.lesions import Intervention, check_each, gates, lesions, names_of
+from molora.eval.lesions import Intervention, check_each, gates, lesions, names_of, silenced
 from molora.eval.metrics import assignment_counts
+from molora.eval.paired import Mixed, Resampled, bounds, mixed, row_losses, with_labels
 from molora.eval.recorder import routed_sites
 from molora.eval.stats import SiteInfo
 from molora.model import MixtureModel
@@ -87,6 +87,8 @@ class _Runs:
     def _under(self, wanted: Intervention, batch: int) -> contextlib.AbstractContextManager[None]:
         if wanted.off:
             return cast(MixtureModel, self.model).disable_adapter()
+        if wanted.silent:
+            return silenced(self.model, wanted.silent)
         if not wanted.edits:
             return contextlib.nullcontext()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from molora.eval.inputs import digest_of
 from molora.routing import Routing
 
-__all__ = ["GATES", "Edit", "Scene", "frozen", "random", "shuffled", "top_1", "uniform", "without"]
+__all__ = ["GATES", "Edit", "Scene", "frozen", "random", "shuffled", "top_1", "uniform"]
 
 
 class Scene(NamedTuple):
@@ -82,17 +82,6 @@ def top_1(r: Routing, scene: Scene) -> Routing:
         return r.decided(weights_TK, None)
     others_TK = torch.arange(r.ids.shape[1], device=best_T1.device) != best_T1
     return r.decided(weights_TK, r.ids.masked_fill(others_TK & valid_T1, -1))
-
-
-def without(r: Routing, scene: Scene, *, expert: int) -> Routing:
-    """The expert's weight set to 0 and the others' left alone: a lesion.
-
-    Were the rest renormalised, the other experts would change too, and a loss could come from either. In a block whose
-    outputs are mixed (unit ``ffn``) an expert is a whole feed-forward block, so its share of the frozen one goes too.
-    """
-    gone_TK = (r.slot_ids() == expert) & scene.valid_T.unsqueeze(1)
-    ids_TK = None if r.ids is None else r.ids.masked_fill(gone_TK, -1)
-    return r.decided(r.weights.masked_fill(gone_TK, 0.0), ids_TK)
 
 
 GATES: dict[str, Edit] = {

@@ -232,7 +232,7 @@ class MoloraLM(HFLM):  # type: ignore[misc]  # lm-eval carries no types
             finally:
                 self._recorder = None
         self.stats = recorder if self.stats is None else merge(self.stats, recorder)
-        write_json(self._routing, self.evaluation())
+        write_json(self.evaluation(), self._routing)
 
     @contextlib.contextmanager
     def _counted(self, documents: Sequence[Document]) -> Iterator[None]:

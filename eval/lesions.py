@@ -1,21 +1,29 @@
-"""Which interventions an ablation makes: changed gates, and lesions of experts, alone or a domain's favourites."""
+"""Which interventions an ablation makes: changed gates, and lesions of experts, alone or a domain's favourites.
+
+A lesion takes away what training gave an expert, ``B_e = 0``, and leaves the routing as it is. At a single linear its
+weight set to 0 would come to the same; of a block whose outputs are mixed that would take the frozen part, too, and say
+how much the block is used rather than what the expert knows. Nothing is renormalised, else the other experts would grow
+and a loss could come from them.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from molora.errors import ConfigError, nearest
-from molora.eval.edits import GATES, Edit, without
+from molora.eval.edits import GATES, Edit
 from molora.eval.figures import site_labels
 from molora.eval.specialisation import lift
 from molora.eval.stats import SiteInfo
+from molora.install import sites_of
 
-__all__ = ["EACH", "MOST", "Intervention", "check_each", "favourites", "gates", "lesions", "names_of"]
+__all__ = ["EACH", "MOST", "Intervention", "check_each", "favourites", "gates", "lesions", "names_of", "silenced"]
 
 EACH = ("none", "favourite", "expert", "auto")
 MOST = 64  # passes over the data that "auto" spends on single experts
@@ -23,11 +31,14 @@ MOST = 64  # passes over the data that "auto" spends on single experts
 
 @dataclass(frozen=True)
 class Intervention:
-    """One way to route otherwise: an edit by site path, or the adapter off. ``about``: its own keys of the document."""
+    """One change: an edit of the routing by site path, an expert to silence by site path of its router, or the adapter
+    off. ``about``: its own keys of the document.
+    """
 
     name: str
     kind: str
     edits: Mapping[str, Edit] = field(default_factory=dict)
+    silent: Mapping[str, int] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
     off: bool = False
 
@@ -95,8 +106,8 @@ def _experts(sites: Sequence[SiteInfo], names: Sequence[str] | None) -> list[Int
             Intervention(
                 f"expert {name}",
                 "expert",
-                dict.fromkeys([s.path for s in sites], functools.partial(without, expert=e)),
-                {"site": None, "expert": e},
+                silent=dict.fromkeys([s.path for s in sites], e),
+                about={"site": None, "expert": e},
             )
             for e, name in enumerate(names)
         ]
@@ -104,8 +115,8 @@ def _experts(sites: Sequence[SiteInfo], names: Sequence[str] | None) -> list[Int
         Intervention(
             f"layer {label} expert {e}" if label[:1].isdigit() else f"{label} expert {e}",
             "expert",
-            {site.path: functools.partial(without, expert=e)},
-            {"site": i, "expert": e},
+            silent={site.path: e},
+            about={"site": i, "expert": e},
         )
         for i, (site, label) in enumerate(zip(sites, site_labels([s.path for s in sites]), strict=True))
         for e in range(site.experts)
@@ -123,5 +134,28 @@ def _favourites(
     domain: str, sites: Sequence[SiteInfo], picks: Mapping[str, Mapping[str, Sequence[float]]]
 ) -> Intervention:
     chosen = {s.path: favourites(picks[s.path])[domain] for s in sites}
-    edits = {path: functools.partial(without, expert=e) for path, e in chosen.items() if e is not None}
-    return Intervention(f"favourites of {domain}", "favourites", edits, {"domain": domain})
+    silent = {path: e for path, e in chosen.items() if e is not None}
+    return Intervention(f"favourites of {domain}", "favourites", silent=silent, about={"domain": domain})
+
+
+@contextlib.contextmanager
+def silenced(model: nn.Module, experts: Mapping[str, int]) -> Iterator[None]:
+    """Within the block, ``B_e = 0`` at every linear that the routers at these sites feed; then as before, bit for bit.
+
+    Raises:
+        ConfigError: when an engine shards the experts' parameters.
+    """
+    modules = [m for _, m in sites_of(model).values()]
+    of_block = {m.site.block: experts[m.site.path] for m in modules if m.site.block and m.site.path in experts}
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        for m in modules:
+            expert = experts.get(m.site.path, of_block.get(m.site.block))
+            bank = getattr(m, "bank", None)
+            if expert is None or bank is None:
+                continue
+            if bank.in_pieces:
+                raise ConfigError("ablation: an engine shards the experts; run it on the saved adapter in one process")
+            B_Or = bank.expert(expert)[1]
+            stack.callback(B_Or.copy_, B_Or.clone())
+            B_Or.zero_()
+        yield

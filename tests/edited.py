@@ -29,6 +29,13 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def without(r: Routing, scene: Scene, *, expert: int) -> Routing:
+    """An edit that empties slots: the expert's weight set to 0 and the others' left alone."""
+    gone_TK = (r.slot_ids() == expert) & scene.valid_T.unsqueeze(1)
+    ids_TK = None if r.ids is None else r.ids.masked_fill(gone_TK, -1)
+    return r.decided(r.weights.masked_fill(gone_TK, 0.0), ids_TK)
+
+
 def everywhere(edit: Edit, model: Any, batch: int = 0) -> contextlib.AbstractContextManager[None]:
     """Within the block, ``edit`` at every router; a frozen gate has 1, 2, 3, ... over their sum."""
 

@@ -13,7 +13,6 @@ from molora.data import Example
 from molora.errors import ConfigError, MoloraError
 from molora.eval.ablate import ablate, purposes
 from molora.eval.ledger import Ledger
-from molora.eval.lesions import favourites
 from molora.eval.record import record_routing
 from molora.eval.score import batches, heldout_loss
 from molora.eval.summary import summary
@@ -169,7 +168,7 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         ablate(model, DATA, 0, resamples=50, ledger=Ledger(path))
     assert torch.equal(tiny.output(model, tiny.batch("llama")), before), "the edit went with the error"
-    kept = len(Ledger(path))
+    kept = len(path.read_text().splitlines()) - 1  # the first line names the job
     assert kept == 3
     runs[:] = [1] * 7
     found = ablate(model, DATA, 0, resamples=50, ledger=Ledger(path))
@@ -201,11 +200,6 @@ def test_single_experts_by_router_or_by_name() -> None:
     ]
     given = ablate(named, DATA, 0, resamples=5, each="expert", expert_names="xyz")["interventions"]
     assert [i["name"] for i in given[6:]] == ["expert x", "expert y", "expert z"]
-
-
-def test_a_favourite_has_the_highest_lift_and_of_equals_the_first() -> None:
-    picks = {"a": [30.0, 5, 5, 0], "b": [60.0, 0, 0, 20], "c": [0.0, 0, 0, 0]}
-    assert favourites(picks) == {"a": 1, "b": 3, "c": None}
 
 
 def test_what_cannot_be_ablated_is_refused() -> None:

@@ -15,7 +15,7 @@ import molora
 from molora import context
 from molora.bank import ExpertBank
 from molora.errors import ConfigError, MoloraError
-from molora.eval.edits import GATES, Edit, Scene, shuffled, top_1, uniform, without
+from molora.eval.edits import GATES, Edit, Scene, shuffled, top_1, uniform
 from molora.eval.recorder import routed_sites
 from molora.ffn import FFNRows
 from molora.layers import MixtureLinear
@@ -23,7 +23,7 @@ from molora.routers import LinearRouter
 from molora.routing import Routing
 from tests import behaviours, tiny
 from tests.conftest import close
-from tests.edited import MIXTURES, VARIANTS, equal_experts, everywhere, under
+from tests.edited import MIXTURES, VARIANTS, equal_experts, everywhere, under, without
 from tests.recorded import padded
 from tests.test_ffn import KINDS, by_hand, toy
 

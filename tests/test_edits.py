@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from molora.config import GateConfig
-from molora.eval.edits import GATES, Scene, random, shuffled, top_1, uniform, without
+from molora.eval.edits import GATES, Scene, random, shuffled, top_1, uniform
 from molora.routing import Routing, gate
 from tests.conftest import close
+from tests.edited import without
 
 T, E, ROWS = 40, 6, 4
 FORMS = {

@@ -11,7 +11,7 @@ import transformers as tf
 import molora
 from molora.data import Example
 from molora.eval.ablate import ablate
-from molora.eval.documents import Resampled, bounds, mixed, row_losses
+from molora.eval.paired import Resampled, bounds, mixed, row_losses
 from molora.eval.record import record_routing
 from tests import behaviours
 from tests.tiny import GQA, SMALL, VISION, arm, base_model
