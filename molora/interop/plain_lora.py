@@ -22,7 +22,7 @@ __all__ = ["read", "recognises"]
 
 def recognises(folder: Path) -> bool:
     """An adapter_config.json of peft_type LORA; or none, and folders with one inside (several named adapters)."""
-    return _is_lora(folder) or bool(_named(folder) and not (folder / CONFIG).exists())
+    return _is_lora(folder) or (bool(_named(folder)) and not any(folder.glob("*.json")))
 
 
 def _is_lora(folder: Path) -> bool:

@@ -94,8 +94,8 @@ def assemble(
     if gates != len(adapters) * modules:
         times = f" times {modules} adapted modules" if modules > 1 else ""
         raise AdapterError(
-            f"{folder}: the classifier gives {gates} gates, expected {len(adapters) * modules}: {len(adapters)} adapters"
-            f"{times}; the adapters are not the ones it was made for"
+            f"{folder}: the classifier gives {gates} gates, expected {len(adapters) * modules}: "
+            f"{len(adapters)} adapters{times}; the adapters are not the ones it was made for"
         )
     biased = {bias is not None for _, bias in layers}
     if len(biased) > 1:
