@@ -57,9 +57,9 @@ def load(
     importer = importer_of(folder)
     if importer is not None:
         return _foreign(base_model, importer, Asked(Path(folder), allow_pickle, missing), trainable)
+    adapter = read_adapter(folder)
     if missing:
         raise ConfigError(f"load: got {sorted(missing)}, but a molora folder records everything; leave them out")
-    adapter = read_adapter(folder)
     check_fingerprint(adapter, base_model, ignore=ignore_base)
     _check_sites(adapter, base_model)
     try:

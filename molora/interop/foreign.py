@@ -146,8 +146,10 @@ def experts(
     folder: Path, model: nn.Module, adapters: Mapping[str, str | os.PathLike[str]], asked: Asked
 ) -> dict[str, LoraAdapter]:
     """PEFT LoRA folders as experts on this model, by name, in the given order."""
-    if not adapters:
-        raise ConfigError(f"load: adapters: got none for {folder}, expected {{name: PEFT LoRA folder}}")
+    if not adapters or not all(isinstance(f, str | os.PathLike) for f in adapters.values()):
+        raise ConfigError(
+            f"load: adapters: got {shown(dict(adapters))} for {folder}, expected {{name: PEFT LoRA folder}}"
+        )
     return {n: aligned(model, n, os.fspath(f), allow_pickle=asked.allow_pickle) for n, f in adapters.items()}
 
 

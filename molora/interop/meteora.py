@@ -20,26 +20,31 @@ from molora.errors import AdapterError, ConfigError
 from molora.interop.foreign import Asked, Foreign, in_model
 from molora.interop.peft_lora import HEADER_LIMIT, PREFIX, LoraAdapter, Module
 from molora.recipes import RECIPES
+from molora.strict_json import open_regular
 from molora.tensor_file import TensorFile
 
 __all__ = ["read", "recognises"]
 
 GATE, A_KEY, B_KEY, BASE = ".moe_gate.weight", ".lora_A.weight", ".lora_B.weight", ".base_layer.weight"
 _SHARD = re.compile(r"model(?:-(\d{5})-of-(\d{5}))?\.safetensors")
-Adapters = Mapping[str, str | os.PathLike[str]] | list | tuple  # type: ignore[type-arg]
 
 
 def recognises(folder: Path) -> bool:
-    """A model's safetensors files with a gate among their tensors."""
+    """A model's safetensors files with a gate among their tensors, whole or torn."""
+    return any(GATE.encode() in _start(path) for path in _paths(folder))
+
+
+def _paths(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if _SHARD.fullmatch(p.name)) if folder.is_dir() else []
+
+
+def _start(path: Path) -> bytes:
+    """The header as it lies in the file."""
     try:
-        return any(name.endswith(GATE) for file in _files(folder) for name in file.entries)
+        with open(open_regular(path), "rb") as file:
+            return file.read(min(int.from_bytes(file.read(8), "little"), HEADER_LIMIT))
     except (OSError, AdapterError):
-        return False
-
-
-def _files(folder: Path) -> list[TensorFile]:
-    names = sorted(n for n in os.listdir(folder) if _SHARD.fullmatch(n)) if folder.is_dir() else []
-    return [TensorFile(folder / n, header_limit=HEADER_LIMIT) for n in names]
+        return b""
 
 
 def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:
@@ -58,7 +63,7 @@ def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:
     E = next(iter(tensors.values()))[0].shape[0]
     meaning = f"its {E} experts in the order of their ranks, by name; their PEFT LoRA folders, whose scales are needed"
     given = asked.take(
-        "adapters", Adapters, meaning, "adapters={'first': 'loras/first', 'second': 'loras/second'}, ..."
+        "adapters", dict | list, meaning, "adapters={'first': 'loras/first', 'second': 'loras/second'}, ..."
     )
     if len(given) != E or len(set(given)) != E or not all(isinstance(n, str) for n in given):
         raise ConfigError(f"load: adapters: got {list(given)}, expected {E} distinct names: the gates have {E} experts")
@@ -79,18 +84,23 @@ def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:
 
 def _tensors(folder: Path, model: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Gate, A and B by linear, checked against each other; of the base only shapes are looked at."""
-    files = _files(folder)
-    shards = [_SHARD.fullmatch(f.path.name) for f in files]
-    if len(files) > 1 and any(m is None or m[2] is None or int(m[2]) != len(files) for m in shards):
-        raise AdapterError(
-            f"{folder}: got {', '.join(f.path.name for f in files)}, expected one file, or every shard of one model"
-        )
+    files = [TensorFile(path, header_limit=HEADER_LIMIT) for path in _paths(folder)]
+    counts = [m[2] for f in files if (m := _SHARD.fullmatch(f.path.name))]
+    if counts != [None] and any(n is None or int(n) != len(files) for n in counts):
+        got = ", ".join(f.path.name for f in files)
+        raise AdapterError(f"{folder}: got {got}, expected one file, or every shard of one model")
     wanted: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         own = [n for n in file.entries if n.endswith(GATE) or ".lora_" in n]
         wanted |= {n.removeprefix(PREFIX): t for n, t in file.take(own).items()}
         shapes |= {n.removeprefix(PREFIX): e.shape for n, e in file.entries.items() if n.endswith(BASE)}
+    whole = [n for n, t in wanted.items() if not t.is_floating_point() or t.ndim != 2]
+    if whole:
+        t = wanted[whole[0]]
+        raise AdapterError(
+            f"{folder}: {whole[0][:200]}: got {t.dtype} of shape {tuple(t.shape)}, expected a float matrix"
+        )
     paths = sorted(n.removesuffix(GATE) for n in wanted if n.endswith(GATE))
     expected = {p + key for p in paths for key in (GATE, A_KEY, B_KEY)}
     odd = sorted(expected ^ wanted.keys())

@@ -79,7 +79,7 @@ def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:
     try:
         return Foreign(RECIPES["mola"](released=True, **options), tensors=tensors)
     except ConfigError as e:
-        raise ConfigError(f"load: {folder} with top_k={top_k}: {e}") from e
+        raise AdapterError(f"{folder} with top_k={top_k}: {e}") from e
 
 
 def _sorted(

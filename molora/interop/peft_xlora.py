@@ -66,4 +66,4 @@ def _ask(asked: Asked, names: list[str], recorded: Mapping[str, Any]) -> Any:
         "the experts' PEFT LoRA folders, in the order they were trained in, which its config (sorted by name) does not "
         "keep; if they trained with the classifier, the trained ones. No path out of the folder is followed"
     )
-    return asked.take("adapters", Mapping[str, str], meaning, f"adapters={{{shown}}}")
+    return asked.take("adapters", dict, meaning, f"adapters={{{shown}}}")

@@ -85,7 +85,7 @@ def _adapters(folder: Path, root: Path, config: Mapping[str, Any], asked: Asked)
         return found
     lost = ", ".join(f"{n!r}: '...'" for n in names) or "'math': '...', 'code': '...'"
     meaning = "the experts' PEFT LoRA folders by name, in the order they were trained in; they are not in this folder"
-    return asked.take("adapters", Mapping[str, str], meaning, f"adapters={{{lost[:1000]}}}")  # type: ignore[no-any-return]
+    return asked.take("adapters", dict, meaning, f"adapters={{{lost[:1000]}}}")  # type: ignore[no-any-return]
 
 
 def _place(folder: Path, root: Path, name: str, path: str) -> Path | None:

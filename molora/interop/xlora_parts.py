@@ -39,7 +39,7 @@ def given_adapters(asked: Asked, names: Sequence[str], ordered: bool) -> dict[st
 
     The recorded order counts where it is reliable and the names agree, else the order in which they were given.
     """
-    given = asked.optional("adapters", Mapping[str, str | os.PathLike[str]], {})
+    given = asked.optional("adapters", dict, {})
     if given and names and len(given) != len(names):
         raise ConfigError(
             f"load: adapters: got {len(given)} ({', '.join(given)}), but {asked.folder} mixes {len(names)} "
