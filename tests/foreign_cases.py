@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import molora
+from molora.errors import MoloraError
 from tests import foreign_folders as write
 from tests.behaviours import snapshot
 from tests.tiny import base_model
@@ -58,6 +59,7 @@ def refused(folder: Path, error: type[Exception], words: str, model: Any = None,
     before = snapshot(model)
     with pytest.raises(error, match=words) as caught:
         molora.load(model, folder, **more)
+    assert isinstance(caught.value, MoloraError)
     assert len(str(caught.value)) < 2000
     assert snapshot(model) == before
 

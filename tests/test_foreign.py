@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import molora
+from molora.interop.foreign import read_config
 from molora.interop.importers import IMPORTERS, importer_of
 from tests import foreign_folders as write
 from tests import foreign_oracles as oracle
@@ -217,7 +218,11 @@ def test_each_folder_is_of_one_format(tmp_path: Path):
     (tmp_path / "PEFT X-LoRA").mkdir()
     (tmp_path / "PEFT X-LoRA" / "adapter_config.json").write_text('{"peft_type": "XLORA"}')
     for name in IMPORTERS:
-        known = [n for n, importer in IMPORTERS.items() if importer.recognises(tmp_path / name)]
+        known = [
+            n
+            for n, importer in IMPORTERS.items()
+            if importer.recognises(tmp_path / name, read_config(tmp_path / name / "adapter_config.json"))
+        ]
         assert known == [name]
     assert importer_of(Path(__file__).parent / "data" / "format_1") is None
     assert importer_of(tmp_path / "nothing") is None

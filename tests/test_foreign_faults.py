@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from molora.errors import AdapterError
+from molora.errors import MoloraError
 from tests.foreign_cases import FORMATS, edited, refused
 
 
@@ -41,6 +42,13 @@ def renamed(form: str, old: str, new: str) -> Callable[[Path], object]:
     return lambda f: edited(f / FORMATS[form][1], lambda t: t.update({k.replace(old, new): t.pop(k) for k in list(t)}))
 
 
+def emptied(form: str, part: str) -> Callable[[Path], object]:
+    """A tensor that claims a billion rows, with nothing in them."""
+    return lambda f: edited(
+        f / FORMATS[form][1], lambda t: t.update({k: torch.empty(10**9, 0) for k in t if part in k})
+    )
+
+
 def shard(folder: Path) -> None:
     """The first of two files, alone."""
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
@@ -52,8 +60,9 @@ FAULTS: dict[str, dict[str, Fault]] = {
     "mixlora": {
         "switch": (rewrite(routing_strategy="mixlora-switch"), "computes no feed-forward block"),
         "temperature": (rewrite(routing_strategy="mixlora-dynamic", temperature=0.5), "divides prob"),
-        "more_experts": (rewrite(num_experts=4), "lora_A of expert 3 is missing"),
-        "fewer_experts": (rewrite(num_experts=2), "lora_A of expert 2 is one too many"),
+        "more_experts": (rewrite(num_experts=4), "the config says num_experts=4"),
+        "an_expert": (without("mixlora", f"{UP}.experts.2.lora_B"), "lora_B of expert 2 is missing"),
+        "one_more": (renamed("mixlora", f"{UP}.experts.2", f"{UP}.experts.3"), "lora_A of expert 2 is missing"),
         "no_count": (rewrite(num_experts=True), "num_experts: got True"),
         "rank": (rewrite(r=3), "expected rank 3"),
         "no_rank": (rewrite(r=None), "r: got None"),
@@ -63,6 +72,9 @@ FAULTS: dict[str, dict[str, Fault]] = {
         "router": (cut("mixlora", "layers.1.mlp.moe_gate", rows=2), r"layer 1: the router has shape \(2, 32\)"),
         "no_experts": (without("mixlora", *MLP), "layer 1 has a router and no experts"),
         "widths": (cut("mixlora", f"{UP}.experts.1.lora_A", columns=31), "its experts are for linears of"),
+        "empty": (emptied("mixlora", "layers.1.mlp.moe_gate"), "expected floating-point numbers"),
+        "a_billion": (rewrite(num_experts=10**9), "the config says num_experts=1000000000"),
+        "dropout": (rewrite(lora_dropout="0.05"), "lora_dropout: got '0.05'"),
         "layers": (renamed("mixlora", "layers.1", "layers.7"), "layers.7.*expected a checkpoint of this base"),
     },
     "mola": {
@@ -72,12 +84,14 @@ FAULTS: dict[str, dict[str, Fault]] = {
         "no_router": (without("mola", f"{UP}.router"), "up_proj has experts and no router"),
         "experts": (cut("mola", f"{UP}.router", rows=3), "up_proj: lora_A_3 is one too many: its router has 3"),
         "shapes": (cut("mola", f"{UP}.lora_A_1", rows=1), "its experts have the shapes"),
+        "empty": (emptied("mola", f"{UP}.router"), "expected floating-point numbers"),
         "alpha": (rewrite(lora_alpha="5"), "lora_alpha: got '5'"),
     },
     "meteora": {
         "gates": (cut("meteora", f"{UP}.moe_gate", rows=2), "with one E in all"),
         "ranks": (cut("meteora", f"{UP}.lora_A", rows=5), "expected .E, in., .E r, in."),
         "base": (cut("meteora", f"{UP}.base_layer", columns=31), r"base \(48, 31\)"),
+        "empty": (emptied("meteora", f"{UP}.moe_gate"), "expected floating-point numbers"),
         "shards": (shard, "every shard of one model"),
     },
     "xlora": {
@@ -93,6 +107,7 @@ FAULTS: dict[str, dict[str, Fault]] = {
     "peft_xlora": {
         "empty": (without("peft_xlora", "classifier"), "has 0 linears.*loses classifier tensors"),
         "no_object": (rewrite(adapters=["0"]), "expected an object of folders"),
+        "strange_path": (rewrite(adapters={"0": "\0", "1": "1"}), "does not record adapters"),
         "no_expert": (lambda f: (f / "1" / "adapter_model.safetensors").unlink(), "there is no adapter_model"),
     },
     "peft_lora": {
@@ -109,4 +124,4 @@ def test_what_does_not_fit_together(form: str, case: str, tmp_path: Path):
     (make, _, more), (edit, words) = FORMATS[form], FAULTS[form][case]
     make(tmp_path / "x")
     edit(tmp_path / "x")
-    refused(tmp_path / "x", AdapterError, words, **more)
+    refused(tmp_path / "x", MoloraError, words, **more)

@@ -23,9 +23,18 @@ from molora.strict_json import read_object
 from molora.targets import candidates, ends_with
 from molora.tensor_file import TensorFile
 
-__all__ = ["Asked", "Foreign", "Importer", "experts", "in_model", "packed", "read_config", "read_tensors", "targets"]
-
-MOST_LAYERS = 10_000
+__all__ = [
+    "Asked",
+    "Foreign",
+    "Importer",
+    "check_weights",
+    "experts",
+    "in_model",
+    "packed",
+    "read_config",
+    "read_tensors",
+    "targets",
+]
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,11 @@ class Asked:
 class Importer(Protocol):
     """One format: a module with these two functions, and a line in ``IMPORTERS``."""
 
-    def recognises(self, folder: Path) -> bool:
-        """Whether the folder's own files say that it is of this format; reads configs and headers at most."""
+    def recognises(self, folder: Path, config: Mapping[str, Any]) -> bool:
+        """Whether the folder's own files say that it is of this format; reads configs and headers at most.
+
+        ``config``: its adapter_config.json, empty where there is none that can be read.
+        """
         ...
 
     def read(self, folder: Path, model: nn.Module, asked: Asked) -> Foreign:
@@ -110,10 +122,16 @@ def read_tensors(folder: Path, safe: str, pickle: str, asked: Asked) -> dict[str
             tensors = load_pickle(folder / pickle, allow_pickle=asked.allow_pickle)
         except FileNotFoundError as e:
             raise AdapterError(f"{folder}: there is neither {safe} nor {pickle}; the checkpoint is not whole") from e
-    whole = [k for k, t in tensors.items() if not t.is_floating_point()]
-    if whole:
-        raise AdapterError(f"{folder}: {whole[0][:200]}: got {tensors[whole[0]].dtype}, expected floating point")
+    check_weights(folder, tensors)
     return tensors
+
+
+def check_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """AdapterError for a tensor that is not floating point, or that claims rows without a single number in them."""
+    for name, t in tensors.items():
+        if not t.is_floating_point() or not t.numel():
+            got = f"{t.dtype} of shape {tuple(t.shape)}"
+            raise AdapterError(f"{folder}: {name[:200]}: got {got}, expected floating-point numbers")
 
 
 def in_model(folder: Path, names: Iterable[str], model: nn.Module) -> dict[str, str]:

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from molora.interop import meteora, mixlora, mola, peft_xlora, plain_lora, xlora
-from molora.interop.foreign import Importer
+from molora.interop.foreign import Importer, read_config
+from molora.staged import CONFIG
 
 __all__ = ["IMPORTERS", "importer_of"]
 
@@ -23,4 +24,5 @@ IMPORTERS: dict[str, Importer] = {
 def importer_of(folder: str | os.PathLike[str]) -> Importer | None:
     """The reader of the format that ``folder`` is in; None when it is none of the table's."""
     path = Path(folder)
-    return next((importer for importer in IMPORTERS.values() if importer.recognises(path)), None)
+    config = read_config(path / CONFIG)
+    return next((importer for importer in IMPORTERS.values() if importer.recognises(path, config)), None)

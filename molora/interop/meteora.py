@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from molora.convert import aligned
 from molora.errors import AdapterError, ConfigError
-from molora.interop.foreign import Asked, Foreign, in_model
+from molora.interop.foreign import Asked, Foreign, check_weights, in_model
 from molora.interop.peft_lora import HEADER_LIMIT, PREFIX, LoraAdapter, Module
 from molora.recipes import RECIPES
 from molora.strict_json import open_regular
@@ -29,7 +29,7 @@ GATE, A_KEY, B_KEY, BASE = ".moe_gate.weight", ".lora_A.weight", ".lora_B.weight
 _SHARD = re.compile(r"model(?:-(\d{5})-of-(\d{5}))?\.safetensors")
 
 
-def recognises(folder: Path) -> bool:
+def recognises(folder: Path, config: Mapping[str, Any]) -> bool:
     """A model's safetensors files with a gate among their tensors, whole or torn."""
     return any(GATE.encode() in _start(path) for path in _paths(folder))
 
@@ -95,12 +95,10 @@ def _tensors(folder: Path, model: nn.Module) -> dict[str, tuple[Tensor, Tensor, 
         own = [n for n in file.entries if n.endswith(GATE) or ".lora_" in n]
         wanted |= {n.removeprefix(PREFIX): t for n, t in file.take(own).items()}
         shapes |= {n.removeprefix(PREFIX): e.shape for n, e in file.entries.items() if n.endswith(BASE)}
-    whole = [n for n, t in wanted.items() if not t.is_floating_point() or t.ndim != 2]
-    if whole:
-        t = wanted[whole[0]]
-        raise AdapterError(
-            f"{folder}: {whole[0][:200]}: got {t.dtype} of shape {tuple(t.shape)}, expected a float matrix"
-        )
+    check_weights(folder, wanted)
+    flat = [n for n, t in wanted.items() if t.ndim != 2]
+    if flat:
+        raise AdapterError(f"{folder}: {flat[0][:200]}: got shape {tuple(wanted[flat[0]].shape)}, expected a matrix")
     paths = sorted(n.removesuffix(GATE) for n in wanted if n.endswith(GATE))
     expected = {p + key for p in paths for key in (GATE, A_KEY, B_KEY)}
     odd = sorted(expected ^ wanted.keys())

@@ -45,9 +45,9 @@ class _Weights:
     plain: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
-def recognises(folder: Path) -> bool:
+def recognises(folder: Path, config: Mapping[str, Any]) -> bool:
     """An adapter_config.json of peft_type MIXLORA."""
-    return read_config(folder / CONFIG).get("peft_type") == PEFT_TYPE
+    return config.get("peft_type") == PEFT_TYPE
 
 
 def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:
@@ -67,14 +67,13 @@ def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:
     if type(E) is not int or E < 1:
         raise AdapterError(f"{folder / CONFIG}: num_experts: got {str(E)[:50]}, expected a whole number of at least 1")
     names = in_model(folder, [*weights.experts, *weights.plain], model)
-    tensors: dict[str, Tensor] = {}
+    tensors = _routers(folder, weights, names, E)
     for name, parts in weights.experts.items():
         A, B = _packed(folder, name, parts, E, experts["r"])
         tensors |= {f"{names[name]}.bank.lora_A": A, f"{names[name]}.bank.lora_B": B}
     for name, letters in weights.plain.items():
         A, B = _packed(folder, name, {(0, k): t for k, t in letters.items()}, 1, attention["r"])
         tensors |= {f"{names[name]}.bank.lora_A": A, f"{names[name]}.bank.lora_B": B}
-    tensors |= _routers(folder, weights, names, E)
     if config.get("use_dora"):
         warnings.warn(
             f"{folder}: a MixDoRA adapter without its magnitudes (that code never saves them): this is the LoRA in it, "
@@ -93,8 +92,7 @@ def _settings(folder: Path, config: Mapping[str, Any], expert: Any) -> dict[str,
         raise AdapterError(
             f"{folder / CONFIG}: r: got {str(r)[:50]}, expected a rank (expert_lora: an object with one)"
         )
-    out = {k: merged.get(k) for k in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
-    return {**out, "use_rslora": bool(out["use_rslora"])}
+    return {k: merged.get(k) for k in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
 
 
 def _sorted(folder: Path, tensors: Mapping[str, Tensor]) -> _Weights:

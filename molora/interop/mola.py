@@ -29,9 +29,8 @@ _EXPERT = re.compile(r"(.+)\.lora_([AB])_(\d{1,4})\.weight")
 _ROUTER = re.compile(r"(.+)\.router\.router\.weight")
 
 
-def recognises(folder: Path) -> bool:
+def recognises(folder: Path, config: Mapping[str, Any]) -> bool:
     """An adapter_config.json of peft_type LORA with a list of ranks, which PEFT's own never has."""
-    config = read_config(folder / CONFIG)
     return config.get("peft_type") == PEFT_TYPE and isinstance(config.get("r"), list)
 
 

@@ -24,9 +24,9 @@ PEFT_TYPE = "XLORA"
 CLASSIFIER = "base_model.internal_xlora_classifier.layers."
 
 
-def recognises(folder: Path) -> bool:
+def recognises(folder: Path, config: Mapping[str, Any]) -> bool:
     """An adapter_config.json of peft_type XLORA."""
-    return read_config(folder / CONFIG).get("peft_type") == PEFT_TYPE
+    return config.get("peft_type") == PEFT_TYPE
 
 
 def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:
@@ -55,6 +55,8 @@ def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:
 
 def _inside(folder: Path, path: str) -> Path | None:
     """The expert's folder, if it lies in this folder: nothing else is opened by a name out of a file."""
+    if not path.isprintable():
+        return None
     root = folder.resolve()
     inner = (root / path).resolve()
     return inner if inner != root and inner.is_relative_to(root) and inner.is_dir() else None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,13 +21,12 @@ from molora.targets import ends_with
 __all__ = ["read", "recognises"]
 
 
-def recognises(folder: Path) -> bool:
+def recognises(folder: Path, config: Mapping[str, Any]) -> bool:
     """An adapter_config.json of peft_type LORA; or none, and folders with one inside (several named adapters)."""
-    return _is_lora(folder) or (bool(_named(folder)) and not any(folder.glob("*.json")))
+    return _is_lora(config) or (not config and bool(_named(folder)) and not any(folder.glob("*.json")))
 
 
-def _is_lora(folder: Path) -> bool:
-    config = read_config(folder / CONFIG)
+def _is_lora(config: Mapping[str, Any]) -> bool:
     return config.get("peft_type") == PEFT_TYPE and not isinstance(config.get("r"), list)
 
 
@@ -36,7 +36,11 @@ def _named(folder: Path) -> list[str]:
         names = sorted(n for n in os.listdir(folder) if not n.startswith((".", "checkpoint-")))
     except OSError:
         return []
-    return [n for n in names if (folder / n).is_dir() and not (folder / n).is_symlink() and _is_lora(folder / n)]
+    return [
+        n
+        for n in names
+        if (folder / n).is_dir() and not (folder / n).is_symlink() and _is_lora(read_config(folder / n / CONFIG))
+    ]
 
 
 def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:
@@ -48,7 +52,7 @@ def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:
     """
     named = _named(folder)
     meaning = f"which adapter to load, of {', '.join(named)}; to mix several, give their folders to molora.convert"
-    if named and not _is_lora(folder):
+    if named and not (folder / CONFIG).exists():
         folder = _chosen(folder, named, asked.take("adapters", str, meaning, f"adapters={named[0]!r}"))
     elif named:
         picked = asked.optional("adapters", str, "")

@@ -24,7 +24,7 @@ CONFIG = "xlora_config.json"
 PUBLISHED, PUBLISHED_ADAPTERS = "X-LoRA", "X-LoRA_adapters"
 
 
-def recognises(folder: Path) -> bool:
+def recognises(folder: Path, config: Mapping[str, Any]) -> bool:
     """An xlora_config.json, in the folder or in its X-LoRA/."""
     return (folder / CONFIG).is_file() or (folder / PUBLISHED / CONFIG).is_file()
 
