@@ -16,7 +16,6 @@ from molora.checkpoint import Adapter, check_fingerprint, load_tensors, read_ada
 from molora.errors import AdapterError, ConfigError, TargetError
 from molora.install import HEAD, Built, build, install
 from molora.interop.foreign import Asked, Importer, packed
-from molora.interop.importers import importer_of
 from molora.layers import SavedModule
 from molora.model import MixtureModel, adopt
 from molora.resolve import resolve
@@ -54,6 +53,8 @@ def load(
     """
     if isinstance(base_model, MixtureModel):
         raise ConfigError("load: this model already carries a mixture; call model.unload() first")
+    from molora.interop.importers import importer_of  # six readers, which `import molora` can do without
+
     importer = importer_of(folder)
     if importer is not None:
         return _foreign(base_model, importer, Asked(Path(folder), allow_pickle, missing), trainable)

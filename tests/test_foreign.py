@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import molora
+from molora.errors import ConfigError
 from molora.interop.foreign import read_config
 from molora.interop.importers import IMPORTERS, importer_of
 from tests import foreign_folders as write
@@ -140,6 +141,7 @@ XLORA: dict[str, dict[str, Any]] = {
         "config": {"xlora_depth": 3, "enable_relu_and_dropout": False},
     },
     "top_k": {"slots": ["inner.0", "last"], "config": {"top_k_lora": 1}},
+    "trained_experts_of_first_releases": {"slots": ["inner.0", "last"], "place": "adapters"},
     "scaling_pass_value": {"slots": ["inner.0", "last"], "config": {"scaling_pass_value": 0.3}},
 }
 
@@ -174,9 +176,10 @@ def test_xlora(case: str, tmp_path: Path):
     config = write.xlora_config(**own.get("config", {}))
     head = write.xlora_head(own["slots"], 28 if config["layerwise_scalings"] else 2, own.get("bias", True))
     folder = tmp_path / "foreign"
-    write.write_xlora(folder, folder, config, head, own.get("pickle", False))
+    place = folder / own.get("place", "")
+    write.write_xlora(folder, place, config, head, own.get("pickle", False))
     model = molora.load(base_model("llama"), folder, allow_pickle=True)
-    folders = {"math": folder / "math", "code": folder / "code"}
+    folders = {"math": place / "math", "code": place / "code"}
     check(model, xlora_oracle(head, own["slots"], config, folders), tmp_path)
     assert [n for n, _ in model._molora.config.adapters] == ["math", "code"]
 
@@ -197,6 +200,19 @@ def test_xlora_as_it_was_first_published(tmp_path: Path):
     swapped = dict(reversed(folders.items()))
     again = molora.load(base_model("llama"), tmp_path / "hub" / "X-LoRA", scaling_pass_value=0.5, adapters=swapped)
     check(again, xlora_oracle(head, slots, {**config, "scaling_pass_value": 0.5}, folders), tmp_path / "again")
+
+
+def test_adapters_of_other_names_come_in_the_given_order(tmp_path: Path):
+    head = write.xlora_head(["inner.0", "last"], 28)
+    write.write_xlora(tmp_path / "x", tmp_path / "made", write.xlora_config(), head)
+    given = {"sums": tmp_path / "made" / "math", "python": tmp_path / "made" / "code"}
+    model = molora.load(base_model("llama"), tmp_path / "x", adapters=given)
+    check(model, xlora_oracle(head, ["inner.0", "last"], write.xlora_config(), given), tmp_path)
+    assert [n for n, _ in model._molora.config.adapters] == ["sums", "python"]
+    with pytest.raises(ConfigError, match=r"got 1 \(sums\), but .* mixes 2 \(math, code\)"):
+        molora.load(base_model("llama"), tmp_path / "x", adapters={"sums": given["sums"]})
+    with pytest.raises(ConfigError, match="expected .name: PEFT LoRA folder"):
+        molora.load(base_model("llama"), tmp_path / "x", adapters={"sums": 1, "python": 2})
 
 
 def test_a_softmax_over_the_whole_batch_is_told(tmp_path: Path):

@@ -65,6 +65,12 @@ FAULTS: dict[str, dict[str, Fault]] = {
         "one_more": (renamed("mixlora", f"{UP}.experts.2", f"{UP}.experts.3"), "lora_A of expert 2 is missing"),
         "no_count": (rewrite(num_experts=True), "num_experts: got True"),
         "rank": (rewrite(r=3), "expected rank 3"),
+        "twice": (
+            lambda f: edited(
+                f / FORMATS["mixlora"][1], lambda t: t.update({"mixlora.layers.0.gate.weight": torch.ones(3, 32)})
+            ),
+            "stand twice",
+        ),
         "no_rank": (rewrite(r=None), "r: got None"),
         "expert_lora": (rewrite(expert_lora=[2]), "expert_lora: an object"),
         "top_k": (rewrite(top_k=9), "top_k: got 9"),

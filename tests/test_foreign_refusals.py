@@ -105,3 +105,24 @@ def test_a_pickle_without_permission(form: str, tmp_path: Path):
     refused(tmp_path / "x", AdapterError, "named tensors and nothing else", allow_pickle=True, **more)
     pickled.write_bytes(pickled.read_bytes()[:-100])
     refused(tmp_path / "x", AdapterError, "expected a torch.save file", allow_pickle=True, **more)
+
+
+BAD_ADAPTERS = (["a", "b"], ["a", "b", "b"], [["a"], ["b"], ["c"]], {"a": "x", "b": "y", "c": 3}, {"a": "x"})
+
+
+@pytest.mark.parametrize("given", BAD_ADAPTERS, ids=str)
+def test_names_that_are_not_one_an_expert(given: object, tmp_path: Path):
+    make, _, more = FORMATS["meteora"]
+    make(tmp_path / "x")
+    refused(tmp_path / "x", ConfigError, "expected 3 names", **{**more, "adapters": given})
+
+
+def test_folders_of_another_rank_or_of_none(tmp_path: Path):
+    make, _, more = FORMATS["meteora"]
+    make(tmp_path / "x")
+    folders = write.loras(tmp_path, {"a": 2, "b": 4, "c": 2})
+    rest = {"top_k": more["top_k"]}
+    refused(tmp_path / "x", AdapterError, "got rank 4, expected rank 2", **rest, adapters=folders)
+    refused(tmp_path / "x", AdapterError, "expected a PEFT LoRA folder", **rest, adapters={**folders, "b": tmp_path})
+    refused(tmp_path / "x", ConfigError, r"got \['lora_alpha'\]", **more | {"adapters": {**folders, "b": folders["a"]}})
+    refused(tmp_path / "x", ConfigError, "top_k: got 9 with 3 adapters", **{**more, "top_k": 9})

@@ -88,7 +88,8 @@ def export_xlora(model: nn.Module, save_directory: str | os.PathLike[str]) -> No
 
 def _classifier(head: HiddenRouter) -> dict[str, Tensor]:
     """The head's linears at the slots of PEFT's Sequential: ReLU, and Dropout if there is any, between them."""
-    stride, out = 3 if head.config.dropout > 0 else 2, {}
+    stride = 3 if head.config.dropout > 0 else 2
+    out: dict[str, Tensor] = {}
     for i, layer in enumerate(head.layers):
         weight: Any = layer.weight
         bias = torch.zeros(weight.shape[0]) if layer.bias is None else layer.bias

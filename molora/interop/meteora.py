@@ -20,6 +20,7 @@ from molora.errors import AdapterError, ConfigError
 from molora.interop.foreign import Asked, Foreign, check_weights, in_model
 from molora.interop.peft_lora import HEADER_LIMIT, PREFIX, LoraAdapter, Module
 from molora.recipes import RECIPES
+from molora.strict import shown
 from molora.strict_json import open_regular
 from molora.tensor_file import TensorFile
 
@@ -58,15 +59,19 @@ def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:
         AdapterError, ConfigError: for missing shards, gates and experts that disagree, another base, or keywords that
             do not fit.
     """
-    tensors = _tensors(folder, model)
+    tensors = _tensors(folder)
     names = in_model(folder, tensors, model)
     E = next(iter(tensors.values()))[0].shape[0]
     meaning = f"its {E} experts in the order of their ranks, by name; their PEFT LoRA folders, whose scales are needed"
     given = asked.take(
         "adapters", dict | list, meaning, "adapters={'first': 'loras/first', 'second': 'loras/second'}, ..."
     )
-    if len(given) != E or len(set(given)) != E or not all(isinstance(n, str) for n in given):
-        raise ConfigError(f"load: adapters: got {list(given)}, expected {E} distinct names: the gates have {E} experts")
+    places = given.values() if isinstance(given, Mapping) else ()
+    named = all(isinstance(n, str) for n in given) and all(isinstance(p, str | os.PathLike) for p in places)
+    if not named or len(given) != E or len(set(given)) != E:
+        raise ConfigError(
+            f"load: adapters: got {shown(given)}, expected {E} names, or names and folders: one an expert"
+        )
     scales = _scales(folder, model, given, {names[n]: A.shape[0] // E for n, (_, A, _) in tensors.items()}, asked)
     top_k = asked.take("top_k", int, "how many experts a token uses (the folder's name says it: top_2)", "top_k=2, ...")
     options = {"top_k": top_k, "temperature": asked.optional("temperature", float, 1.0)}
@@ -82,7 +87,7 @@ def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:
     return Foreign(config, adapters, {f"{names[n]}.router.weight": gate for n, (gate, _, _) in tensors.items()})
 
 
-def _tensors(folder: Path, model: nn.Module) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def _tensors(folder: Path) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Gate, A and B by linear, checked against each other; of the base only shapes are looked at."""
     files = [TensorFile(path, header_limit=HEADER_LIMIT) for path in _paths(folder)]
     counts = [m[2] for f in files if (m := _SHARD.fullmatch(f.path.name))]

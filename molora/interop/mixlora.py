@@ -111,6 +111,9 @@ def _sorted(folder: Path, tensors: Mapping[str, Tensor]) -> _Weights:
             raise AdapterError(
                 f"{folder}: got the tensor {key[:200]!r}, expected routers, experts and attention's LoRA"
             )
+    placed = len(out.routers) + sum(len(parts) for parts in (*out.experts.values(), *out.plain.values()))
+    if placed != len(tensors):
+        raise AdapterError(f"{folder}: some of its {len(tensors)} tensors stand twice, under old names and new ones")
     if not out.routers or not out.experts:
         raise AdapterError(
             f"{folder}: holds {len(out.routers)} routers and experts of {len(out.experts)} linears; not whole"
