@@ -92,7 +92,7 @@ def _classifier(head: HiddenRouter) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for i, layer in enumerate(head.layers):
         weight: Any = layer.weight
-        bias = torch.zeros(weight.shape[0]) if layer.bias is None else layer.bias
+        bias: Any = torch.zeros(weight.shape[0]) if layer.bias is None else layer.bias
         out |= {f"{CLASSIFIER}{stride * i}.weight": weight, f"{CLASSIFIER}{stride * i}.bias": bias}
     return out
 

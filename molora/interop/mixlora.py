@@ -111,7 +111,7 @@ def _sorted(folder: Path, tensors: Mapping[str, Tensor]) -> _Weights:
             raise AdapterError(
                 f"{folder}: got the tensor {key[:200]!r}, expected routers, experts and attention's LoRA"
             )
-    placed = len(out.routers) + sum(len(parts) for parts in (*out.experts.values(), *out.plain.values()))
+    placed = len(out.routers) + sum(map(len, out.experts.values())) + sum(map(len, out.plain.values()))
     if placed != len(tensors):
         raise AdapterError(f"{folder}: some of its {len(tensors)} tensors stand twice, under old names and new ones")
     if not out.routers or not out.experts:
