@@ -87,7 +87,7 @@ def assemble(
         raise AdapterError(
             f"{folder}: the classifier has {len(layers)} linears, its config says "
             f"xlora_depth={options['xlora_depth']}. PEFT up to 0.21 loses classifier tensors when it saves: save "
-            "model.state_dict()'s internal_xlora_classifier from the session that trained it, or train it again"
+            "model.state_dict()'s internal_xlora_classifier from the process that trained it, or train it again"
         )
     modules = len({path for a in adapters.values() for path in a.modules}) if options["layerwise_scalings"] else 1
     gates = layers[-1][0].shape[0]
