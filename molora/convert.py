@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 from molora.config import MoloraConfig
 from molora.errors import AdapterError, ConfigError, nearest
 from molora.install import Built, build, check_tables, generator, install
-from molora.interop.peft_lora import LoraAdapter, align, read_peft_lora
+from molora.interop.peft_lora import LoraAdapter, read_peft_lora, renaming
 from molora.layers import MixtureLinear
 from molora.model import MixtureModel, adopt
 from molora.recipes import RECIPES
@@ -79,18 +80,21 @@ def _check(model: nn.Module, config: MoloraConfig) -> None:
     check_tables(config)
 
 
-def aligned(model: nn.Module, name: str, folder: str, *, allow_pickle: bool = False) -> LoraAdapter:
-    """The PEFT LoRA folder with its paths in terms of ``model``.
+def aligned(
+    model: nn.Module, name: str, folder: str, *, allow_pickle: bool = False, allow_saved: bool = False
+) -> LoraAdapter:
+    """The PEFT LoRA folder with its paths in terms of ``model``; ``allow_saved``: also with whole trained modules.
 
     Raises:
         AdapterError: for a folder that cannot be read, or that was made for linears of other widths.
     """
-    adapter = read_peft_lora(folder, allow_pickle=allow_pickle)
+    adapter = read_peft_lora(folder, allow_pickle=allow_pickle, allow_saved=allow_saved)
     paths = [p for p, _ in model.named_modules() if p]
     try:
-        modules = align(adapter, paths)
+        new_name = renaming(adapter, paths)
     except AdapterError as e:
         raise AdapterError(f"adapter {name!r} ({folder}): {e}") from e
+    modules = {new_name[n]: m for n, m in adapter.modules.items()}
     found = candidates(model)
     for path, (A, B, _) in modules.items():
         if path in found and (A.shape[1], B.shape[0]) != found[path].shape:
@@ -98,7 +102,16 @@ def aligned(model: nn.Module, name: str, folder: str, *, allow_pickle: bool = Fa
                 f"adapter {name!r} ({folder}): {path} is for a linear of {A.shape[1]} to {B.shape[0]}, this model has "
                 f"{found[path].shape[0]} to {found[path].shape[1]}: it was made for another base"
             )
-    return LoraAdapter(**{**vars(adapter), "modules": modules})
+    stored = [new_name[n] for n in adapter.parameters]
+    turned = [p for p in stored if not hasattr(model.get_submodule(p), "in_features")]
+    if turned:
+        raise AdapterError(
+            f"adapter {name!r} ({folder}): {turned[0]} was reached as a parameter, and this {type(model).__name__} "
+            "stores its weight transposed; train the adapter with target_modules instead"
+        )
+    parts = {n: n.rpartition(".") for n in adapter.saved}
+    saved = {f"{new_name[parts[n][0]]}.{parts[n][2]}": t for n, t in adapter.saved.items()}
+    return replace(adapter, modules=modules, saved=saved, parameters=tuple(stored))
 
 
 def _fill(built: Built, adapters: Mapping[str, LoraAdapter]) -> None:

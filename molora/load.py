@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,18 +13,17 @@ from torch import Tensor, nn
 from molora import processes
 from molora.adapter_state import saved_tensors
 from molora.checkpoint import Adapter, check_fingerprint, load_tensors, read_adapter
-from molora.config import MoloraConfig, Placement, RouterConfig
-from molora.convert import aligned, put_on
 from molora.errors import AdapterError, ConfigError, TargetError
 from molora.install import HEAD, Built, build, install
+from molora.interop.foreign import Asked, Importer, packed
 from molora.layers import SavedModule
 from molora.model import MixtureModel, adopt
-from molora.strict_json import read_object
+from molora.resolve import resolve
+from molora.site import SiteConfig
 from molora.trace import linear_shape
 
 __all__ = ["from_pretrained", "load", "restore"]
 
-MAX_CONFIG = 4 * 2**20  # bytes of an adapter_config.json
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -40,22 +40,27 @@ def load(
 
     Args:
         base_model: the model the adapter was made for; a bare class of the same shapes with ``ignore_base=True``.
-        folder: an adapter folder of molora, or a PEFT LoRA folder (which becomes the recipe ``lora``).
+        folder: an adapter folder of molora, or of one of the formats in ``molora.interop.importers.IMPORTERS``.
         trainable: leave the experts and routers trainable, as they were when trained.
         allow_pickle: for foreign ``.bin`` files only; molora's own folders never hold one.
-        ignore_base: skip the comparison of the base's fingerprint, never that of shapes.
-        missing: what a foreign folder does not record; a molora folder records everything.
+        ignore_base: skip the comparison of the base's fingerprint, never that of shapes. Foreign folders have none.
+        missing: what a foreign folder does not record, such as ``top_k`` or ``adapters``; the error without it says
+            what it means. A molora folder records everything.
 
     Raises:
-        AdapterError: for a folder that is not whole or not for this base; the model is then as before.
+        AdapterError, ConfigError: for a folder that is not whole or not for this base, and for what is missing or not
+            known; the model is then as before.
     """
     if isinstance(base_model, MixtureModel):
         raise ConfigError("load: this model already carries a mixture; call model.unload() first")
-    if _is_peft_lora(folder):
-        return _plain_lora(base_model, os.fspath(folder), trainable, allow_pickle, missing)
+    from molora.interop.importers import importer_of  # six readers, which `import molora` can do without
+
+    importer = importer_of(folder)
+    if importer is not None:
+        return _foreign(base_model, importer, Asked(Path(folder), allow_pickle, missing), trainable)
+    adapter = read_adapter(folder)
     if missing:
         raise ConfigError(f"load: got {sorted(missing)}, but a molora folder records everything; leave them out")
-    adapter = read_adapter(folder)
     check_fingerprint(adapter, base_model, ignore=ignore_base)
     _check_sites(adapter, base_model)
     try:
@@ -69,23 +74,31 @@ def load(
     return base_model
 
 
-def _is_peft_lora(folder: str | os.PathLike[str]) -> bool:
-    config = Path(folder) / "adapter_config.json"
+def _foreign(model: M, importer: Importer, asked: Asked, trainable: bool) -> M:
+    """Read and check everything, then build beside the model, then install."""
+    foreign = importer.read(asked.folder, model, asked)
+    asked.finish()
     try:
-        return config.is_file() and read_object(config, MAX_CONFIG).get("peft_type") == "LORA"
-    except (OSError, ValueError):
-        return False  # read_adapter says what is wrong with it
-
-
-def _plain_lora(model: M, folder: str, trainable: bool, allow_pickle: bool, missing: dict[str, Any]) -> M:
-    if missing:
-        raise ConfigError(f"load: got {sorted(missing)}, but a PEFT LoRA folder needs nothing more; leave them out")
-    placement = Placement(imported=True, router=RouterConfig(kind="fixed"))
-    config = MoloraConfig(recipe="lora", placements=(placement,), adapters=(("default", folder),))
-    put_on(model, config, {"default": aligned(model, "default", folder, allow_pickle=allow_pickle)})
+        sites = resolve(model, foreign.config, foreign.adapters)
+        built = build(model, foreign.config, sites)
+    except (ConfigError, TargetError) as e:
+        raise AdapterError(f"{asked.folder}: does not fit this model: {e}") from e
+    fill(built, _led({**packed(foreign.adapters), **foreign.tensors}, sites), os.fspath(asked.folder))
+    adopt(model, install(model, built))
     if not trainable:
         model.requires_grad_(False)
     return model
+
+
+def _led(tensors: Mapping[str, Tensor], sites: Sequence[SiteConfig]) -> dict[str, Tensor]:
+    """A block's router may be named after any linear of the block; it belongs to the one that leads."""
+    lead = {s.block: s.path for s in sites if s.block and s.lead}
+    leads = {s.path: lead[s.block] for s in sites if s.block in lead}
+    out = {}
+    for name, t in tensors.items():
+        path, found, rest = name.partition(".router.")
+        out[f"{leads.get(path, path)}{found}{rest}"] = t
+    return out
 
 
 def _check_sites(adapter: Adapter, model: nn.Module) -> None:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -129,17 +129,27 @@ class TensorFile:
             AdapterError: for NaN or infinite values, unless ``allow_nan``; when the file shrank meanwhile.
         """
         digest = hashlib.sha256(self._read(0, self._data))
-        tensors = {}
-        for name, entry in self.entries.items():
-            tensor = torch.empty(entry.shape, dtype=entry.dtype)
-            if entry.nbytes:
-                view = _bytes(tensor)
-                self._fill(view, self._data + entry.start)
-                digest.update(view)
-            if entry.dtype.is_floating_point and not allow_nan and not bool(tensor.isfinite().all()):
-                raise AdapterError(f"{self.path}: {name} holds NaN or infinite values, expected finite weights")
-            tensors[name] = tensor
+        tensors = {name: self._tensor(name, allow_nan, digest.update) for name in self.entries}
         return tensors, digest.hexdigest()
+
+    def take(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Some of the tensors; the rest of the file, which may be a whole model, is not read.
+
+        Raises:
+            AdapterError: for NaN or infinite values; when the file shrank meanwhile.
+        """
+        return {name: self._tensor(name, False, lambda _: None) for name in names}
+
+    def _tensor(self, name: str, allow_nan: bool, seen: Callable[[memoryview], object]) -> Tensor:
+        entry = self.entries[name]
+        tensor = torch.empty(entry.shape, dtype=entry.dtype)
+        if entry.nbytes:
+            view = _bytes(tensor)
+            self._fill(view, self._data + entry.start)
+            seen(view)
+        if entry.dtype.is_floating_point and not allow_nan and not bool(tensor.isfinite().all()):
+            raise AdapterError(f"{self.path}: {name} holds NaN or infinite values, expected finite weights")
+        return tensor
 
 
 def _offsets(value: Any) -> tuple[int, int]:

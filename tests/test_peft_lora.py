@@ -82,6 +82,9 @@ def test_a_folder_of_peft_means_what_peft_computes(name: str, variant: str, tmp_
     assert adapter.modules.keys() == theirs.keys()
     for path, (A, B, scale) in adapter.modules.items():
         close(scale * (B @ A), theirs[path], "peft_lora")
+    ours = molora.load(tiny.base_model(name), tmp_path).eval()
+    expected = tiny.output(loaded_by_peft(name, tmp_path), tiny.batch(name))
+    close(tiny.output(ours, tiny.batch(name)), expected, "same_math_fp32")
 
 
 PATTERNS = [

@@ -3,43 +3,27 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from molora.errors import AdapterError, CheckpointError, nearest
 from molora.interop.bin_file import load_pickle
-from molora.interop.names import exact_pattern, first_match, renamings
+from molora.interop.names import exact_pattern, renamings
+from molora.interop.peft_config import PEFT_TYPE, refuse, saved_names, scale, targeted_parameter
 from molora.staged import CONFIG, CONFIG_LIMIT, WEIGHTS, save_folder
 from molora.strict_json import read_object
 from molora.tensor_file import TensorFile
 
-__all__ = ["LoraAdapter", "align", "read_peft_lora", "write_peft_lora"]
+__all__ = ["PREFIX", "LoraAdapter", "align", "read_peft_lora", "renaming", "write_peft_lora"]
 
-PEFT_TYPE = "LORA"
 PREFIX = "base_model.model."
 PICKLE = "adapter_model.bin"
 HEADER_LIMIT = 4 << 20  # bytes; a module's two tensors take about 300
-
-# Options that change the meaning of the weights; so may any switch use_... that is not known here.
-REFUSED = (
-    "lora_bias",
-    "target_parameters",
-    "layer_replication",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-)
-# Initialisers that subtract the start from the base weights; the adapter alone is not what was trained.
-REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 STRANGERS = {
     "lora_embedding_": "an embedding's LoRA",
     "lora_magnitude_vector": "a DoRA magnitude",
@@ -54,18 +38,26 @@ class LoraAdapter:
     """One LoRA: per module path A (r, in_features), B (out_features, r) and the factor of B A.
 
     A and B are stored this way round whatever ``fan_in_fan_out`` says: that is about the base weight (GPT-2's Conv1D),
-    to which PEFT would add the transpose of B A.
+    to which PEFT would add the transpose of B A. ``saved``: parameters of modules that were trained whole, by their
+    names in the base, and ``saved_names`` the config's names for them. ``parameters``: modules that PEFT reached as
+    parameters; there it takes the weight as it is stored.
     """
 
     folder: str
     modules: dict[str, Module]
     base_model_name: str | None
+    saved: dict[str, Tensor] = field(default_factory=dict)
+    saved_names: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
 
 
-def read_peft_lora(folder: str | os.PathLike[str], *, allow_pickle: bool = False) -> LoraAdapter:
+def read_peft_lora(
+    folder: str | os.PathLike[str], *, allow_pickle: bool = False, allow_saved: bool = False
+) -> LoraAdapter:
     """Read a PEFT LoRA folder: ranks from the shapes, scale alpha / r or alpha / sqrt(r), per-module patterns.
 
-    ``allow_pickle`` admits ``adapter_model.bin``, read with ``weights_only=True``, where there is no safetensors file.
+    ``allow_pickle`` admits ``adapter_model.bin``, read with ``weights_only=True``, where there is no safetensors file;
+    ``allow_saved`` whole trained modules (``modules_to_save``), which no expert can have.
 
     Raises:
         AdapterError: for anything that is not plain LoRA on linears, or not whole; with the file and the remedy.
@@ -75,34 +67,25 @@ def read_peft_lora(folder: str | os.PathLike[str], *, allow_pickle: bool = False
         config = read_object(folder / CONFIG, CONFIG_LIMIT)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise AdapterError(f"{folder}: there is no {CONFIG}; expected a PEFT LoRA folder") from e
-    _refuse(folder / CONFIG, config)
-    pairs = _pairs(folder, _tensors(folder, allow_pickle))
-    modules = {path: (A, B, _scale(folder / CONFIG, config, path, A.shape[0])) for path, (A, B) in pairs.items()}
+    refuse(folder / CONFIG, config)
+    names = saved_names(folder / CONFIG, config)
+    if names and not allow_saved:
+        raise AdapterError(
+            f"{folder / CONFIG}: got modules_to_save={str(names)[:100]}, expected none: whole trained modules cannot "
+            "be mixed; train them with molora's own modules_to_save"
+        )
+    tensors = _tensors(folder, allow_pickle)
+    saved = {k: t for k, t in tensors.items() if any(f".{n}." in f".{k}" for n in names) and _split(k)[1] is None}
+    pairs = _pairs(folder, {k: t for k, t in tensors.items() if k not in saved})
     name = config.get("base_model_name_or_path")
-    return LoraAdapter(str(folder), modules, name if isinstance(name, str) and name else None)
-
-
-def _refuse(path: Path, config: dict[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind != PEFT_TYPE:
-        raise AdapterError(f"{path}: got peft_type {str(kind)[:100]!r}, expected {PEFT_TYPE!r}")
-    for key in (k for k, v in config.items() if v):
-        if key in REFUSED or (key.startswith("use_") and key != "use_rslora"):
-            got = f"{key[:100]}={str(config[key])[:100]}"
-            raise AdapterError(f"{path}: got {got}, expected plain LoRA: nothing else can be an expert")
-    if config.get("bias", "none") != "none":
-        raise AdapterError(f"{path}: got bias={str(config['bias'])[:100]!r}, expected 'none': an expert has no bias")
-    if config.get("modules_to_save"):
-        raise AdapterError(
-            f"{path}: got modules_to_save={str(config['modules_to_save'])[:100]}, expected none: whole trained modules "
-            "cannot be mixed; train them with molora's own modules_to_save"
-        )
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(REBASED):
-        raise AdapterError(
-            f"{path}: got init_lora_weights={init[:100]!r}, which also changed the base weights; save it with PEFT's "
-            "path_initial_model_for_weight_conversion, which turns it into plain LoRA"
-        )
+    return LoraAdapter(
+        folder=str(folder),
+        modules={path: (A, B, scale(folder / CONFIG, config, path, A.shape[0])) for path, (A, B) in pairs.items()},
+        base_model_name=name if isinstance(name, str) and name else None,
+        saved={k.removeprefix(PREFIX): t for k, t in saved.items()},
+        saved_names=tuple(names),
+        parameters=tuple(path for path in pairs if targeted_parameter(config, path)),
+    )
 
 
 def _tensors(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
@@ -151,26 +134,6 @@ def _split(key: str) -> tuple[str, str | None]:
     return ".".join(parts[:-2]), parts[-2][-1]
 
 
-def _scale(path: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA; alpha by the first pattern that fits the module."""
-    values: dict[str, Any] = {}
-    for name, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        table = config.get(patterns) or {}
-        if not isinstance(table, dict):
-            raise AdapterError(f"{path}: {patterns}: got {type(table).__name__}, expected an object")
-        key = first_match(table, module, f"{path}: {patterns}")
-        values[name] = config.get(name, 8) if key is None else table[key]
-    r, alpha = values["r"], values["lora_alpha"]
-    if type(r) is not int or r != rank:
-        raise AdapterError(f"{path}: {module}: got r={str(r)[:100]}, but its weights have rank {rank}")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise AdapterError(f"{path}: {module}: got lora_alpha={str(alpha)[:100]!r}, expected a number")
-    rs = config.get("use_rslora", False)
-    if not isinstance(rs, bool):
-        raise AdapterError(f"{path}: got use_rslora={str(rs)[:100]!r}, expected true or false")
-    return alpha / (math.sqrt(rank) if rs else rank)
-
-
 def align(adapter: LoraAdapter, module_paths: Iterable[str]) -> dict[str, Module]:
     """The adapter's modules under the names of a model that has ``module_paths``.
 
@@ -180,10 +143,17 @@ def align(adapter: LoraAdapter, module_paths: Iterable[str]) -> dict[str, Module
     Raises:
         AdapterError: when no such way, or more than one, puts every module onto one of the model's.
     """
-    names, paths = list(adapter.modules), dict.fromkeys(module_paths)
+    new_name = renaming(adapter, module_paths)
+    return {new_name[n]: m for n, m in adapter.modules.items()}
+
+
+def renaming(adapter: LoraAdapter, module_paths: Iterable[str]) -> dict[str, str]:
+    """The adapter's names of modules, also of those trained whole, to the model's; errors as :func:`align`."""
+    wholes = sorted({n.rpartition(".")[0] for n in adapter.saved})
+    names, paths = [*adapter.modules, *wholes], dict.fromkeys(module_paths)
     ways = renamings(names, paths)
     if len(ways) == 1:
-        return {ways[0][n]: m for n, m in adapter.modules.items()}
+        return ways[0]
     if ways:
         got = ", ".join(w[names[0]] for w in ways[:3])
         raise AdapterError(f"{adapter.folder}: {names[0]} fits {got} alike; expected one match")
@@ -197,12 +167,16 @@ def align(adapter: LoraAdapter, module_paths: Iterable[str]) -> dict[str, Module
 
 
 def write_peft_lora(
-    folder: str | os.PathLike[str], *, modules: Mapping[str, tuple[Tensor, Tensor, float]], base_model_name: str | None
+    folder: str | os.PathLike[str],
+    *,
+    modules: Mapping[str, Module],
+    base_model_name: str | None,
+    card: str | None = None,
 ) -> None:
     """Save ``modules`` (path to A (r, in), B (out, r), scale) as a folder that PEFT loads and computes alike.
 
-    Modules of rank 0 are left out. Staged like molora's own folders, but PEFT checks no digest: a crash while an
-    export is written over an older one may leave the new weights beside the old config.
+    Modules of rank 0 are left out; ``card`` becomes the README.md. Staged like molora's own folders, but PEFT checks
+    no digest: a crash while an export is written over an older one may leave the new weights beside the old config.
 
     Raises:
         CheckpointError: when nothing is left to save, or the folder cannot be written or holds something else.
@@ -232,7 +206,7 @@ def write_peft_lora(
     }
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     tensors = {f"{PREFIX}{p}.lora_{x}.weight": t for p, m in kept.items() for x, t in zip("AB", m[:2], strict=True)}
-    save_folder(Path(folder), peft_type=PEFT_TYPE, tensors=tensors, describe=lambda _: text, card=None)
+    save_folder(Path(folder), peft_type=PEFT_TYPE, tensors=tensors, describe=lambda _: text, card=card)
 
 
 def _whole(value: float) -> float | int:

@@ -1,0 +1,28 @@
+"""The table of foreign formats. A new one is a file here with ``recognises`` and ``read``, and a line in the table."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from molora.interop import meteora, mixlora, mola, peft_xlora, plain_lora, xlora
+from molora.interop.foreign import Importer, read_config
+from molora.staged import CONFIG
+
+__all__ = ["IMPORTERS", "importer_of"]
+
+IMPORTERS: dict[str, Importer] = {
+    "PEFT LoRA": plain_lora,
+    "PEFT X-LoRA": peft_xlora,
+    "xlora": xlora,
+    "MixLoRA and MoE-PEFT": mixlora,
+    "MoLA": mola,
+    "MeteoRA": meteora,
+}
+
+
+def importer_of(folder: str | os.PathLike[str]) -> Importer | None:
+    """The reader of the format that ``folder`` is in; None when it is none of the table's."""
+    path = Path(folder)
+    config = read_config(path / CONFIG)
+    return next((importer for importer in IMPORTERS.values() if importer.recognises(path, config)), None)

@@ -1,0 +1,98 @@
+"""The adapter_config.json of a PEFT LoRA: what it says about each module's scale, and what cannot be an expert."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from molora.errors import AdapterError
+from molora.interop.names import first_match
+
+__all__ = ["PEFT_TYPE", "refuse", "saved_names", "scale", "targeted_parameter"]
+
+PEFT_TYPE = "LORA"
+
+# Options that change the meaning of the weights; so may any switch use_... that is not known here.
+REFUSED = (
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "monteclora_config",
+)
+# Initialisers that subtract the start from the base weights; the adapter alone is not what was trained.
+REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+WEIGHT = ".weight"
+
+
+def refuse(path: Path, config: Mapping[str, Any]) -> None:
+    """Raise an AdapterError for a config that is not plain LoRA on linears."""
+    kind = config.get("peft_type")
+    if kind != PEFT_TYPE:
+        raise AdapterError(f"{path}: got peft_type {str(kind)[:100]!r}, expected {PEFT_TYPE!r}")
+    for key in (k for k, v in config.items() if v):
+        if key in REFUSED or (key.startswith("use_") and key != "use_rslora"):
+            got = f"{key[:100]}={str(config[key])[:100]}"
+            raise AdapterError(
+                f"{path}: got {got}, expected plain LoRA: nothing else can be an expert. Load it with PEFT and let "
+                "peft.save_as_lora write the nearest plain LoRA"
+            )
+    if config.get("bias", "none") != "none":
+        raise AdapterError(f"{path}: got bias={str(config['bias'])[:100]!r}, expected 'none': an expert has no bias")
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(REBASED):
+        raise AdapterError(
+            f"{path}: got init_lora_weights={init[:100]!r}, which also changed the base weights; save it with PEFT's "
+            "path_initial_model_for_weight_conversion, which turns it into plain LoRA"
+        )
+    names = _texts(path, config, "target_parameters")
+    fused = [n for n in names if not n.endswith(WEIGHT)]
+    if fused:
+        raise AdapterError(
+            f"{path}: got target_parameters={fused[:3]}, expected weights of linears (names that end in '{WEIGHT}'): "
+            "experts of a base model that are fused into one parameter (PEFT packs their columns of B expert-fastest) "
+            "are reached through the base's own router, which no mixture on a linear can follow"
+        )
+
+
+def _texts(path: Path, config: Mapping[str, Any], name: str) -> list[str]:
+    values = config.get(name) or []
+    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+        raise AdapterError(f"{path}: {name}: got {str(values)[:100]}, expected a list of names")
+    return values
+
+
+def saved_names(path: Path, config: Mapping[str, Any]) -> list[str]:
+    """``modules_to_save``: names of modules that were trained and saved whole."""
+    return _texts(path, config, "modules_to_save")
+
+
+def targeted_parameter(config: Mapping[str, Any], module: str) -> bool:
+    """Whether PEFT reached the linear ``module`` through ``target_parameters``, by the name of its weight."""
+    whole = module + WEIGHT
+    return any(whole == name or whole.endswith("." + name) for name in config.get("target_parameters") or ())
+
+
+def scale(path: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA; alpha by the first pattern that fits the module."""
+    named = module + WEIGHT if targeted_parameter(config, module) else module  # PEFT matches patterns so
+    values: dict[str, Any] = {}
+    for name, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        table = config.get(patterns) or {}
+        if not isinstance(table, dict):
+            raise AdapterError(f"{path}: {patterns}: got {type(table).__name__}, expected an object")
+        key = first_match(table, named, f"{path}: {patterns}")
+        values[name] = config.get(name, 8) if key is None else table[key]
+    r, alpha = values["r"], values["lora_alpha"]
+    if type(r) is not int or r != rank:
+        raise AdapterError(f"{path}: {module}: got r={str(r)[:100]}, but its weights have rank {rank}")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        raise AdapterError(f"{path}: {module}: got lora_alpha={str(alpha)[:100]!r}, expected a number")
+    rs = config.get("use_rslora", False)
+    if not isinstance(rs, bool):
+        raise AdapterError(f"{path}: got use_rslora={str(rs)[:100]!r}, expected true or false")
+    return alpha / (math.sqrt(rank) if rs else rank)
