@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from molora.adapter_config import PEFT_TYPE
 from molora.adapter_state import saved_tensors
 from molora.checkpoint import Adapter, check_fingerprint, load_tensors, read_adapter
 from molora.config import MoloraConfig, Placement, RouterConfig
@@ -52,7 +53,7 @@ def load(
     """
     if isinstance(base_model, MixtureModel):
         raise ConfigError("load: this model already carries a mixture; call model.unload() first")
-    if _is_peft_lora(folder):
+    if _is_of_peft(folder):
         return _plain_lora(base_model, os.fspath(folder), trainable, allow_pickle, missing)
     if missing:
         raise ConfigError(f"load: got {sorted(missing)}, but a molora folder records everything; leave them out")
@@ -70,10 +71,11 @@ def load(
     return base_model
 
 
-def _is_peft_lora(folder: str | os.PathLike[str]) -> bool:
+def _is_of_peft(folder: str | os.PathLike[str]) -> bool:
+    """Whether the folder names a method of PEFT: LoRA is read, the others are told the way to it."""
     config = Path(folder) / "adapter_config.json"
     try:
-        return config.is_file() and read_object(config, MAX_CONFIG).get("peft_type") == "LORA"
+        return config.is_file() and read_object(config, MAX_CONFIG).get("peft_type") not in (None, PEFT_TYPE)
     except (OSError, ValueError):
         return False  # read_adapter says what is wrong with it
 

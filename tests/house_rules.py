@@ -37,7 +37,11 @@ ROWS: tuple[Row, ...] = (
     (2, ("molora.routers",)),
     (3, ("molora.layers", "molora.ffn", "molora.trace", "molora.structure")),
     (4, ("molora.checkpoint", "molora.adapter_config", "molora.fingerprint")),
-    (4, ("molora.interop.peft_lora", "molora.interop.bin_file", "molora.interop.names")),
+    (
+        4,
+        ("molora.interop.peft_lora", "molora.interop.plain_lora", "molora.interop.bin_file", "molora.interop.names")
+        + ("molora.interop.installed",),
+    ),
     (5, ("molora.targets", "molora.resolve", "molora.install")),
     (
         6,

@@ -16,30 +16,17 @@ from torch import Tensor
 from molora.errors import AdapterError, CheckpointError, nearest
 from molora.interop.bin_file import load_pickle
 from molora.interop.names import exact_pattern, first_match, renamings
+from molora.interop.plain_lora import PEFT_TYPE, check_plain
 from molora.staged import CONFIG, CONFIG_LIMIT, WEIGHTS, save_folder
 from molora.strict_json import read_object
 from molora.tensor_file import TensorFile
 
-__all__ = ["LoraAdapter", "align", "read_peft_lora", "write_peft_lora"]
+__all__ = ["PREFIX", "LoraAdapter", "align", "read_peft_lora", "write_peft_lora"]
 
-PEFT_TYPE = "LORA"
 PREFIX = "base_model.model."
 PICKLE = "adapter_model.bin"
 HEADER_LIMIT = 4 << 20  # bytes; a module's two tensors take about 300
 
-# Options that change the meaning of the weights; so may any switch use_... that is not known here.
-REFUSED = (
-    "lora_bias",
-    "target_parameters",
-    "layer_replication",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "monteclora_config",
-)
-# Initialisers that subtract the start from the base weights; the adapter alone is not what was trained.
-REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
 STRANGERS = {
     "lora_embedding_": "an embedding's LoRA",
     "lora_magnitude_vector": "a DoRA magnitude",
@@ -75,34 +62,11 @@ def read_peft_lora(folder: str | os.PathLike[str], *, allow_pickle: bool = False
         config = read_object(folder / CONFIG, CONFIG_LIMIT)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise AdapterError(f"{folder}: there is no {CONFIG}; expected a PEFT LoRA folder") from e
-    _refuse(folder / CONFIG, config)
+    check_plain(folder / CONFIG, config)
     pairs = _pairs(folder, _tensors(folder, allow_pickle))
     modules = {path: (A, B, _scale(folder / CONFIG, config, path, A.shape[0])) for path, (A, B) in pairs.items()}
     name = config.get("base_model_name_or_path")
     return LoraAdapter(str(folder), modules, name if isinstance(name, str) and name else None)
-
-
-def _refuse(path: Path, config: dict[str, Any]) -> None:
-    kind = config.get("peft_type")
-    if kind != PEFT_TYPE:
-        raise AdapterError(f"{path}: got peft_type {str(kind)[:100]!r}, expected {PEFT_TYPE!r}")
-    for key in (k for k, v in config.items() if v):
-        if key in REFUSED or (key.startswith("use_") and key != "use_rslora"):
-            got = f"{key[:100]}={str(config[key])[:100]}"
-            raise AdapterError(f"{path}: got {got}, expected plain LoRA: nothing else can be an expert")
-    if config.get("bias", "none") != "none":
-        raise AdapterError(f"{path}: got bias={str(config['bias'])[:100]!r}, expected 'none': an expert has no bias")
-    if config.get("modules_to_save"):
-        raise AdapterError(
-            f"{path}: got modules_to_save={str(config['modules_to_save'])[:100]}, expected none: whole trained modules "
-            "cannot be mixed; train them with molora's own modules_to_save"
-        )
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(REBASED):
-        raise AdapterError(
-            f"{path}: got init_lora_weights={init[:100]!r}, which also changed the base weights; save it with PEFT's "
-            "path_initial_model_for_weight_conversion, which turns it into plain LoRA"
-        )
 
 
 def _tensors(folder: Path, allow_pickle: bool) -> dict[str, Tensor]:
