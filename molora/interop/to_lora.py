@@ -61,6 +61,9 @@ def to_lora(
     the truncated SVD of D. LoRA and its variants always take the second way: PEFT's conversion reads A and B alone and
     leaves out DoRA's magnitudes and the residual of PiSSA and OLoRA.
 
+    On a half-precision base, numbers that the adapter took from it in that precision (the norms that DoRA's magnitudes
+    start from) keep their rounding, up to ``2^-9 |W|`` by row in bfloat16, which then counts as part of D.
+
     Args:
         base_model: the plain base that the adapter was trained on, unquantised.
         folder: an adapter folder of PEFT. ``out_folder``: where the LoRA goes, in float32.
