@@ -8,6 +8,7 @@ from molora.parts import MOST, BalanceConfig, GateConfig, RouterConfig
 from molora.strict import PerLayer, Strict, at_least, choice, shown
 
 __all__ = [
+    "STARTS",
     "BalanceConfig",
     "GateConfig",
     "MoloraConfig",
@@ -16,6 +17,11 @@ __all__ = [
     "RouterConfig",
     "per_layer",
 ]
+
+STARTS = ("kaiming", "gaussian", "random", "orthogonal", "mica")
+FROM_THE_BASE = ("orthogonal", "mica")  # PEFT computes them for each linear
+FROZEN_B = ("mica",)  # trains A alone
+IN_HALVES = ("orthogonal",)  # one half of an expert's ranks spans A, the other B
 
 
 def per_layer(value: PerLayer, index: int | None, num_layers: int) -> int:
@@ -56,7 +62,7 @@ class Placement(Strict):
         """Values out of range and options that contradict each other."""
         out = choice("unit", self.unit, ("linear", "ffn")) + choice("select", self.select, ("all", "ffn", "rest"))
         out += choice("scale_by", self.scale_by, ("r", "sqrt_r", "top_k"))
-        out += choice("init_lora_weights", self.init_lora_weights, ("kaiming", "gaussian", "random"))
+        out += choice("init_lora_weights", self.init_lora_weights, STARTS)
         out += at_least("num_experts", self.num_experts, 1, MOST) + at_least("r", self.r, 1, MOST)
         if self.lora_alpha <= 0:
             out.append(f"lora_alpha: got {self.lora_alpha}, expected a value above 0")
@@ -64,7 +70,20 @@ class Placement(Strict):
             out.append(f"lora_dropout: got {self.lora_dropout}, expected a value in [0, 1)")
         if self.imported and self.rank_one:
             out.append("rank_one: got imported=True, expected experts of their own ranks")
+        if self.imported and self.init_lora_weights in FROM_THE_BASE:
+            out.append(
+                f"init_lora_weights: got {self.init_lora_weights!r} for experts that are ready-made, expected True"
+            )
+        ranks = self.r if isinstance(self.r, tuple) else (self.r,)
+        if self.init_lora_weights in IN_HALVES and (self.rank_one or any(r % 2 for r in ranks)):
+            got = "experts of one rank" if self.rank_one else f"r={shown(self.r)}"
+            out.append(f"init_lora_weights={self.init_lora_weights!r}: got {got}, expected even ranks")
         return out + self._unit_faults() + self._gate_faults() + self._balance_faults()
+
+    @property
+    def trains_B(self) -> bool:
+        """Whether the experts' B is trained, and not A alone."""
+        return self.train_experts and self.init_lora_weights not in FROZEN_B
 
     def _unit_faults(self) -> list[str]:
         out, router, gate = [], self.router, self.gate
@@ -160,6 +179,12 @@ class MoloraConfig(Strict):
         selects = [p.select for p in self.placements]
         if len(set(selects)) < len(selects) or ("all" in selects and len(selects) > 1):
             out.append(f"placements: got select={selects}, expected 'all' alone, or 'ffn' and 'rest' once each at most")
+        started = [p.init_lora_weights for p in self.placements if p.init_lora_weights in FROM_THE_BASE]
+        odd = [f"{name}={r}" for name, r in self.rank_pattern if r % 2]
+        if odd and any(s in IN_HALVES for s in started):
+            out.append(f"rank_pattern: got {odd[0]} with init_lora_weights={started[0]!r}, expected even ranks")
+        if self.init_from and started:
+            out.append(f"init_from: got init_lora_weights={started[0]!r} too, expected one of the two starts")
         given = [n for n in ("init_from", "rank_pattern", "alpha_pattern") if getattr(self, n)]
         if given and any(p.imported for p in self.placements):
             out.append(f"{', '.join(given)}: got values for experts that are ready-made, expected none")

@@ -12,6 +12,7 @@ from torch import nn
 from molora.config import MoloraConfig
 from molora.errors import AdapterError, ConfigError, nearest
 from molora.install import Built, build, check_tables, generator, install
+from molora.interop.initialisers import start_experts
 from molora.interop.peft_lora import LoraAdapter, read_peft_lora, renaming
 from molora.layers import MixtureLinear
 from molora.model import MixtureModel, adopt
@@ -49,6 +50,7 @@ def put_on(model: M, config: MoloraConfig, adapters: Mapping[str, LoraAdapter], 
     """:func:`convert` with the ready-made adapters at hand, by name and with this model's paths."""
     sites = resolve(model, config, adapters)
     built = build(model, config, sites, seed)
+    start_experts(built, seed)
     _fill(built, adapters)
     if config.init_from:
         _warm_start(built, aligned(model, "init_from", config.init_from), config, seed)

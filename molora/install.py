@@ -104,6 +104,8 @@ def _site(base: nn.Module, site: SiteConfig, p: Placement, kernel: str, owner: O
         wrapper: RoutedModule = FFNRows(base, site, p, owner, router)
     else:
         bank = ExpertBank(site, train=p.train_experts, dtype=dtype, device=start) if site.ranks else None
+        if bank is not None:
+            bank.lora_B.requires_grad_(p.trains_B)
         wrapper = ROLES[site.role](base, site, p, owner, router, bank, kernel)
         if bank is not None and start.type != "meta":
             bank.reset_parameters(generator(seed, site.path, "bank"), p.init_lora_weights)

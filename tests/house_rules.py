@@ -39,7 +39,8 @@ ROWS: tuple[Row, ...] = (
     (4, ("molora.checkpoint", "molora.adapter_config", "molora.fingerprint")),
     (
         4,
-        ("molora.interop.peft_lora", "molora.interop.peft_config", "molora.interop.bin_file", "molora.interop.names"),
+        ("molora.interop.peft_lora", "molora.interop.peft_config", "molora.interop.bin_file", "molora.interop.names")
+        + ("molora.interop.installed",),
     ),
     (5, ("molora.targets", "molora.resolve", "molora.install")),
     (

@@ -7,7 +7,7 @@ from typing import Any
 import hypothesis.strategies as st
 from hypothesis import assume
 
-from molora.config import BalanceConfig, GateConfig, MoloraConfig, Placement, RouterConfig
+from molora.config import STARTS, BalanceConfig, GateConfig, MoloraConfig, Placement, RouterConfig
 from molora.errors import ConfigError
 
 KINDS = ("switch", "z", "supervised", "bias")
@@ -87,7 +87,7 @@ def placements(draw: st.DrawFn, select: str, scope: str, unit: str) -> Placement
         lora_dropout=draw(st.sampled_from((0.0, 0.2))),
         scale_by=draw(st.sampled_from(("r", "sqrt_r", "top_k"))),
         global_scale=draw(st.sampled_from((1.0, 0.5))),
-        init_lora_weights=draw(st.sampled_from(("kaiming", "gaussian", "random"))),
+        init_lora_weights=draw(st.sampled_from(STARTS)),
         router=router,
         gate=draw(gates()),
         balance=tuple(draw(st.lists(balances(), max_size=2))) if kind != "fixed" else (),

@@ -27,7 +27,9 @@ from tests.tiny import adapters, base_model, batch, options
 
 FEW = settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 # What a config cannot know of a model: its layers and its modules.
-OF_THE_MODEL = re.compile(r"layers of|experts on layer|matches no linear|feed-forward block|also adapted|multiple of")
+OF_THE_MODEL = re.compile(
+    r"layers of|experts on layer|matches no linear|feed-forward block|also adapted|multiple of|ranks in all"
+)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from molora.adapter_config import PEFT_TYPE as OURS
 from molora.interop import meteora, mixlora, mola, peft_xlora, plain_lora, xlora
 from molora.interop.foreign import Importer, read_config
+from molora.interop.peft_config import refuse
 from molora.staged import CONFIG
 
 __all__ = ["IMPORTERS", "importer_of"]
@@ -22,7 +24,14 @@ IMPORTERS: dict[str, Importer] = {
 
 
 def importer_of(folder: str | os.PathLike[str]) -> Importer | None:
-    """The reader of the format that ``folder`` is in; None when it is none of the table's."""
+    """The reader of the format that ``folder`` is in; None when it is none of the table's.
+
+    Raises:
+        AdapterError: another method of PEFT's, with the way to make a LoRA of it.
+    """
     path = Path(folder)
     config = read_config(path / CONFIG)
-    return next((importer for importer in IMPORTERS.values() if importer.recognises(path, config)), None)
+    found = next((importer for importer in IMPORTERS.values() if importer.recognises(path, config)), None)
+    if found is None and config.get("peft_type") not in (None, OURS):
+        refuse(path / CONFIG, config)
+    return found

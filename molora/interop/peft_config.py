@@ -10,7 +10,7 @@ from typing import Any
 from molora.errors import AdapterError
 from molora.interop.names import first_match
 
-__all__ = ["PEFT_TYPE", "refuse", "saved_names", "scale", "targeted_parameter"]
+__all__ = ["PEFT_TYPE", "check_start", "refuse", "saved_names", "scale", "targeted_parameter"]
 
 PEFT_TYPE = "LORA"
 
@@ -24,31 +24,30 @@ REFUSED = (
     "kasa_config",
     "monteclora_config",
 )
-# Initialisers that subtract the start from the base weights; the adapter alone is not what was trained.
+# Initialisers that subtract the start from the base weights; the adapter alone is not what was trained. From the base
+# the residual of the first two is found again; the others drew at random, or used data or a quantised base.
 REBASED = ("pissa", "olora", "corda", "loftq", "lora_ga")
+FOUND_AGAIN = ("pissa", "olora")
 WEIGHT = ".weight"
 
 
 def refuse(path: Path, config: Mapping[str, Any]) -> None:
-    """Raise an AdapterError for a config that is not plain LoRA on linears."""
+    """Raise an AdapterError for a config that is not plain LoRA on linears, with the way there if there is one."""
     kind = config.get("peft_type")
     if kind != PEFT_TYPE:
-        raise AdapterError(f"{path}: got peft_type {str(kind)[:100]!r}, expected {PEFT_TYPE!r}")
+        raise AdapterError(
+            f"{path}: got peft_type {str(kind)[:100]!r}, expected {PEFT_TYPE!r}; if it changes the weights of linears, "
+            f"{_remedy(path)}"
+        )
+    check_start(path, config, merges=False)
+    if config.get("use_dora"):
+        raise AdapterError(f"{path}: got use_dora=True, expected plain LoRA; {_remedy(path)}")
     for key in (k for k, v in config.items() if v):
         if key in REFUSED or (key.startswith("use_") and key != "use_rslora"):
             got = f"{key[:100]}={str(config[key])[:100]}"
-            raise AdapterError(
-                f"{path}: got {got}, expected plain LoRA: nothing else can be an expert. Load it with PEFT and let "
-                "peft.save_as_lora write the nearest plain LoRA"
-            )
+            raise AdapterError(f"{path}: got {got}, expected plain LoRA: nothing else can be an expert")
     if config.get("bias", "none") != "none":
         raise AdapterError(f"{path}: got bias={str(config['bias'])[:100]!r}, expected 'none': an expert has no bias")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(REBASED):
-        raise AdapterError(
-            f"{path}: got init_lora_weights={init[:100]!r}, which also changed the base weights; save it with PEFT's "
-            "path_initial_model_for_weight_conversion, which turns it into plain LoRA"
-        )
     names = _texts(path, config, "target_parameters")
     fused = [n for n in names if not n.endswith(WEIGHT)]
     if fused:
@@ -57,6 +56,32 @@ def refuse(path: Path, config: Mapping[str, Any]) -> None:
             "experts of a base model that are fused into one parameter (PEFT packs their columns of B expert-fastest) "
             "are reached through the base's own router, which no mixture on a linear can follow"
         )
+
+
+def _remedy(path: Path) -> str:
+    call = f"molora.interop.to_lora.to_lora(base_model, {str(path.parent)!r}, out_folder, rank=16)"
+    return f"turn it into plain LoRA first: {call}"
+
+
+def check_start(path: Path, config: Mapping[str, Any], *, merges: bool) -> None:
+    """Refuse a LoRA whose initialiser changed the base weights.
+
+    ``merges``: the caller runs PEFT's initialiser on the base again, which finds PiSSA's and OLoRA's residual.
+
+    Raises:
+        AdapterError: with what to do instead.
+    """
+    init = config.get("init_lora_weights", True)
+    if not isinstance(init, str) or not init.lower().startswith(REBASED):
+        return
+    got = f"{path}: got init_lora_weights={init[:100]!r}, which also changed the base weights"
+    if init.lower() not in FOUND_AGAIN:
+        raise AdapterError(
+            f"{got} in a way that the folder does not record; save it with PEFT's "
+            "path_initial_model_for_weight_conversion, which turns it into plain LoRA"
+        )
+    if not merges:
+        raise AdapterError(f"{got}: without them its A and B are not what was trained; {_remedy(path)}")
 
 
 def _texts(path: Path, config: Mapping[str, Any], name: str) -> list[str]:

@@ -12,12 +12,12 @@ from typing import Any
 
 from molora.config import BalanceConfig, MoloraConfig, Placement
 from molora.errors import ConfigError, nearest
+from molora.recipes.starts import start
 from molora.strict import PerLayer, all_faults, matches, shown, type_name
 
 __all__ = ["Common", "recipe"]
 
 Recipe = Callable[..., MoloraConfig]
-INITS = {True: "kaiming", "gaussian": "gaussian", False: "random"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,12 @@ class Common:
     regular expression over whole paths, or ``"all-linear"``. ``rank_pattern`` / ``alpha_pattern``: name ending to
     value. ``balance_scope``: ``"sequence"`` (additive over rows) or ``"batch"`` (as published). ``kernel``: a key of
     ``KERNELS`` or ``"auto"``. ``released``: reproduce released code where it differs from the paper.
+
+    ``init_lora_weights``: ``True`` (kaiming A, zero B); ``"gaussian"`` (normal A of std 1/r, zero B); ``"orthogonal"``
+    (A and B both random, ``B A = 0``, even ranks); ``"mica"`` (B: for each expert a share of the weight's minor
+    singular vectors, frozen; zero A); ``False`` (B random too, for tests). ``"orthogonal"`` and ``"mica"`` are PEFT's
+    code (extra ``peft``). EVA takes data: ``molora.interop.eva.init_eva(model, dataloader)`` after ``convert``. Starts
+    that subtract from the base weights (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) are refused, with the reason.
     """
 
     r: PerLayer = 8
@@ -47,17 +53,12 @@ class Common:
 
     def placement(self, **own: Any) -> Placement:
         """A :class:`Placement` with the common rank, scale, dropout and initialiser filled in."""
-        if self.init_lora_weights not in INITS:
-            raise ConfigError(
-                f"init_lora_weights: got {self.init_lora_weights!r}, expected one of {list(INITS)} "
-                "(True: kaiming A and zero B; 'gaussian': normal A of std 1/r; False: B random too)"
-            )
         shared = {
             "r": as_tuple(self.r),
             "lora_alpha": self.lora_alpha,
             "lora_dropout": self.lora_dropout,
             "scale_by": "sqrt_r" if self.use_rslora else "r",
-            "init_lora_weights": INITS[self.init_lora_weights],
+            "init_lora_weights": start(self.init_lora_weights),
         }
         return Placement(**{**shared, **own})
 

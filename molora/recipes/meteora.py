@@ -27,7 +27,8 @@ def meteora(
     w = softmax(top-k logits / temperature); one gate per linear, without bias. With ``task_ids`` (B,) or (B, S) in the
     batch (-100 = none) the gates also learn from a cross entropy to the task's adapter, averaged over the gates.
     ``released=True``: coefficient 50, labels shifted by one token, adapters trained too, gates drawn from N(0, 1),
-    dropout 0.1.
+    dropout 0.1. ``adapters``: PEFT LoRA folders; those of PEFT's other methods become LoRA by
+    ``molora.interop.to_lora.to_lora(base_model, folder, out_folder, rank=16)``.
     """
     gate_loss = BalanceConfig(kind="supervised", coef=gate_loss_coef, scope=common.balance_scope, shift=common.released)
     placement = common.placement(

@@ -33,7 +33,8 @@ def xlora(
     h is the last hidden state of a first pass with the adapters scaled by ``scaling_pass_value`` (0: the base model).
     A head of ``xlora_depth`` linears turns it into gates per token and, with ``layerwise_scalings``, per module.
     ``top_k_lora`` keeps the K largest gates, without renormalising; ``enable_softmax_topk`` takes a softmax over
-    them. Only the head trains, unless ``use_trainable_adapters``.
+    them. Only the head trains, unless ``use_trainable_adapters``. ``adapters``: PEFT LoRA folders; those of PEFT's
+    other methods become LoRA by ``molora.interop.to_lora.to_lora(base_model, folder, out_folder, rank=16)``.
     """
     mode = "softmax" if enable_softmax_topk and top_k_lora is not None else "none"
     placement = common.placement(
