@@ -107,8 +107,6 @@ class MoloraLM(HFLM):  # type: ignore[misc]  # lm-eval carries no types
         if said:
             raise ConfigError(f"routing: {said}; change that, or leave routing out")
 
-    # ----------------------------------------------------------------------------------------------- what lm-eval calls
-
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether it is the greedy one."""
         with self._counting(document_of(r) for r in requests):
@@ -141,7 +139,7 @@ class MoloraLM(HFLM):  # type: ignore[misc]  # lm-eval carries no types
         if self.stats is None:
             raise ConfigError("evaluation: nothing was counted; give routing=FILE, and score something first")
         config, section = self.model._molora.config, summary(self.stats)
-        counted = {task: own["documents"] for task, own in section["domains"].items()}
+        source = "lm-evaluation-harness"
         return {
             "schema": SCHEMA,
             "name": Path(self._adapter).name if self._adapter else config.recipe,
@@ -149,14 +147,12 @@ class MoloraLM(HFLM):  # type: ignore[misc]  # lm-eval carries no types
                 "recipe": config.recipe,
                 "adapter": {"folder": self._adapter},
                 "base": {"name": self.model.config._name_or_path, "class": type(self.model).__name__},
-                "data": {task: {"source": "lm-evaluation-harness", "documents": n} for task, n in counted.items()},
+                "data": {task: {"source": source, **own} for task, own in section["domains"].items()},
             },
             "expert_names": [name for name, _ in config.adapters] or None,
             "routing": section,
             "tokens": token_texts(section, self.tokenizer),
         }
-
-    # ----------------------------------------------------------------------------------------- forwards and their rows
 
     def _windows(self, text: str) -> Iterator[Any]:
         """A row that lm-eval makes of a text, in turn."""
