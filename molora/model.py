@@ -217,7 +217,7 @@ def adopt(model: nn.Module, mixture: Mixture) -> nn.Module:
     """Make ``model`` (its wrappers are in) an instance of the subclass; bind checkpointing that was already on."""
     model._molora = mixture  # type: ignore[assignment]
     try:
-        mixture.fingerprint = fingerprint(model)
+        mixture.fingerprint = mixture.fingerprint or fingerprint(model)
         rebind(model)
         model.__class__ = mixture_class(cast(Hashable, mixture.base_class))
     except BaseException:
