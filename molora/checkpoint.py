@@ -135,9 +135,7 @@ def check_tensors(
     header = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     faults = disagreements(config, expected_tensors(config, sites), header)
     if faults:
-        raise CheckpointError(
-            f"{where}: the weights are not those of the config, nothing was saved: {'; '.join(faults)}"
-        )
+        raise CheckpointError(f"{where}: these are not the weights that the config describes: {'; '.join(faults)}")
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:

@@ -13,10 +13,10 @@ from typing import Any
 from peft import PeftConfig
 
 from molora.adapter_config import NAME, PEFT_TYPE, AdapterConfig, checked, disagreements, expected_tensors
-from molora.checkpoint import Described, describe
+from molora.checkpoint import PREFIX, Described, describe
 from molora.config import MoloraConfig
 from molora.convert import config_of
-from molora.errors import CheckpointError
+from molora.errors import CheckpointError, ConfigError
 from molora.install import Mixture
 from molora.staged import CONFIG, WEIGHTS
 from molora.tensor_file import TensorFile
@@ -24,7 +24,6 @@ from molora.tensor_file import TensorFile
 __all__ = ["MixtureConfig", "MixtureType", "make_config"]
 
 HEADER_LIMIT = 16 << 20  # bytes, for a file that PEFT wrote for us
-PREFIX = "base_model.model."
 
 
 class MixtureType(str, enum.Enum):  # noqa: UP042 PEFT takes str(...) apart at the dot, which StrEnum has not
@@ -72,6 +71,13 @@ class MixtureConfig(PeftConfig):
                 names = {"base_model_class": document.fingerprint["class"], "parent_library": "transformers"}
                 self.auto_mapping = names
         self.peft_type = MixtureType.MOLORA
+        if self.task_type is not None and any(
+            b.kind == "supervised" for p in self.config.placements for b in p.balance
+        ):
+            raise ConfigError(
+                f"task_type: got {str(self.task_type)!r} with a router that learns from task_ids, which PEFT's class "
+                "for it keeps from the model; leave task_type out, or take gate_loss_coef=0"
+            )
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write molora's adapter_config.json for the weights that PEFT has just written, with their digest.

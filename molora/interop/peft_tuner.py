@@ -14,9 +14,11 @@ from peft import mapping
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from molora.checkpoint import PREFIX
 from molora.errors import ConfigError
 from molora.interop.peft_config import MixtureConfig, MixtureType
 from molora.interop.peft_mixtures import PLACE, NamedMixtures
+from molora.interop.peft_weights import to_load, to_save
 
 __all__ = ["MixtureTuner"]
 
@@ -70,6 +72,19 @@ class MixtureTuner(BaseTuner):  # type: ignore[misc] # PEFT has no types
             del self.model.peft_config
         return self.model
 
+    def add_expert(self, **options: Any) -> None:
+        """:meth:`molora.model.MixtureModel.add_expert` of the mixture in force."""
+        self._reshape("add_expert", **options)
+
+    def prune_experts(self, experts: Any) -> None:
+        """:meth:`molora.model.MixtureModel.prune_experts` of the mixture in force."""
+        self._reshape("prune_experts", experts)
+
+    def _reshape(self, method: str, *args: Any, **options: Any) -> None:
+        getattr(self.model, method)(*args, **options)
+        mixtures = _mixtures(self.model)
+        mixtures.remember(mixtures.active_adapters[0])
+
     # What cannot be
 
     @contextlib.contextmanager
@@ -106,7 +121,8 @@ class MixtureTuner(BaseTuner):  # type: ignore[misc] # PEFT has no types
     def _get_adapter_state_dict(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor], **_: Any
     ) -> dict[str, Tensor]:
-        return _mixtures(model).to_save(adapter_name, state_dict)
+        mixtures = _mixtures(model)
+        return to_save(adapter_name, mixtures.mixture(adapter_name), mixtures.tensors(adapter_name, state_dict))
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -116,8 +132,10 @@ class MixtureTuner(BaseTuner):  # type: ignore[misc] # PEFT has no types
     def _remap_adapter_state_dict_for_load(
         cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        prefix = "base_model.model." if isinstance(model, peft.PeftModel) else ""
-        return {prefix + key: t for key, t in _mixtures(model).to_load(adapter_name, state_dict).items()}
+        mixtures, prefix = _mixtures(model), PREFIX if isinstance(model, peft.PeftModel) else ""
+        tensors = to_load(adapter_name, mixtures.mixture(adapter_name), state_dict)
+        mixtures.arrived(adapter_name, tensors)
+        return {prefix + key: tensors[n] for n, key in mixtures.keys(adapter_name).items()}
 
 
 def _mixtures(model: Any) -> NamedMixtures:
