@@ -58,7 +58,7 @@ class MixtureConfig(PeftConfig):
         Raises:
             AdapterError: for a config that was damaged or edited, or is not one of molora's.
         """
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
         self.described: Described | None = None
         self.mixture: Mixture | None = None
         if not isinstance(self.config, MoloraConfig):

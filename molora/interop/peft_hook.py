@@ -45,7 +45,7 @@ def peft_config(
 
 def register_with_peft() -> None:
     """Register now if PEFT is there already, else right after it was imported; the second call does nothing."""
-    if PEFT in sys.modules:
+    if sys.modules.get(PEFT) is not None:
         _register()
     elif not any(isinstance(f, _AfterImport) for f in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())

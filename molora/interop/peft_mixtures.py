@@ -27,7 +27,7 @@ PLACE = "named_mixtures"  # attribute of the base model; delete_adapter of PEFT 
 UNLOAD = "two in one model would feed on each other's outputs: unload() one of them first"
 
 
-class NamedMixtures(nn.Module, BaseTunerLayer):  # type: ignore[misc] # PEFT has no types
+class NamedMixtures(nn.Module, BaseTunerLayer):
     """The named mixtures of one base model, as its child: the only tuner layer there, which switches the whole model.
 
     The mixture in force is on the model as :func:`molora.convert` puts it; the others are parked here.
@@ -87,7 +87,8 @@ class NamedMixtures(nn.Module, BaseTunerLayer):  # type: ignore[misc] # PEFT has
             self.set_requires_grad(name, False)
 
     def _check(self, name: str) -> None:
-        others = [type(m).__name__ for m in self.model.modules() if isinstance(m, BaseTunerLayer) and m is not self]
+        layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
+        others = [type(m).__name__ for m in layers if not isinstance(m, NamedMixtures)]
         if others:
             raise ConfigError(f"the model carries another PEFT method ({others[0]}); {UNLOAD}")
         if isinstance(self.model, MixtureModel) and not self._active_adapter:

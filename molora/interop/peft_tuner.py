@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import peft
 from peft import mapping
@@ -26,10 +26,10 @@ if not hasattr(BaseTuner, "_remap_adapter_state_dict_for_load"):
     raise ImportError(f"molora works with PEFT from 0.21 on, this is {peft.__version__}: pip install -U peft")
 
 
-class MixtureTuner(BaseTuner):  # type: ignore[misc] # PEFT has no types
+class MixtureTuner(BaseTuner):
     """PEFT's wrapper around a model with named mixtures; :class:`NamedMixtures` does the work."""
 
-    prefix = "molora_mixture_"  # in no key: loaders insert the adapter's name after it
+    prefix = "@"  # in no key: loaders would insert the adapter's name after it
     tuner_layer_cls = NamedMixtures
     target_module_mapping: dict[str, Any] = {}
 
@@ -40,7 +40,7 @@ class MixtureTuner(BaseTuner):  # type: ignore[misc] # PEFT has no types
         fresh = getattr(model, PLACE, None) is None
         mixtures = NamedMixtures(model) if fresh else getattr(model, PLACE)
         try:
-            mixtures.add(adapter_name, self.peft_config[adapter_name])
+            mixtures.add(adapter_name, cast(MixtureConfig, self.peft_config[adapter_name]))
         except BaseException:
             if fresh:
                 mixtures.clear()
@@ -66,11 +66,12 @@ class MixtureTuner(BaseTuner):  # type: ignore[misc] # PEFT has no types
         return self._clear(merge=True)
 
     def _clear(self, merge: bool) -> nn.Module:
-        mixtures = getattr(self.model, PLACE, None)
+        model: nn.Module = self.model
+        mixtures = getattr(model, PLACE, None)
         if mixtures is not None:
             mixtures.clear(merge)
-            del self.model.peft_config
-        return self.model
+            del model.peft_config
+        return model
 
     def add_expert(self, **options: Any) -> None:
         """:meth:`molora.model.MixtureModel.add_expert` of the mixture in force."""
@@ -119,7 +120,7 @@ class MixtureTuner(BaseTuner):  # type: ignore[misc] # PEFT has no types
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor], **_: Any
+        cls, model: Any, config: Any, adapter_name: str, state_dict: dict[str, Tensor], unwanted_adapter_names: Any
     ) -> dict[str, Tensor]:
         mixtures = _mixtures(model)
         return to_save(adapter_name, mixtures.mixture(adapter_name), mixtures.tensors(adapter_name, state_dict))
@@ -144,6 +145,7 @@ def _mixtures(model: Any) -> NamedMixtures:
     return found
 
 
-mapping.PEFT_TYPE_TO_CONFIG_MAPPING[MixtureType.MOLORA] = MixtureConfig
-mapping.PEFT_TYPE_TO_TUNER_MAPPING[MixtureType.MOLORA] = MixtureTuner
-mapping.PEFT_TYPE_TO_PREFIX_MAPPING[MixtureType.MOLORA] = MixtureTuner.prefix
+_tables: Any = mapping  # their keys are an enumeration that is PEFT's own; register_peft_method takes no other names
+_tables.PEFT_TYPE_TO_CONFIG_MAPPING[MixtureType.MOLORA] = MixtureConfig
+_tables.PEFT_TYPE_TO_TUNER_MAPPING[MixtureType.MOLORA] = MixtureTuner
+_tables.PEFT_TYPE_TO_PREFIX_MAPPING[MixtureType.MOLORA] = MixtureTuner.prefix
