@@ -54,7 +54,7 @@ def park(model: nn.Module) -> Parked:
 
 
 def unpark(model: nn.Module, parked: Parked) -> None:
-    """Put a parked mixture on ``model`` again; nothing else may be in force there."""
+    """Put a parked mixture on ``model`` again; nothing else may be in force there. If it fails, all is as before."""
     modules: dict[str, nn.Module] = {}
     for wrapper in cast(Any, parked.wrappers):
         path = wrapper.path if isinstance(wrapper, SavedModule) else wrapper.site.path
@@ -62,8 +62,14 @@ def unpark(model: nn.Module, parked: Parked) -> None:
         setattr(wrapper, _wrapped(wrapper), model.get_submodule(path))
     mixture, head = parked.mixture, cast(Any, parked._modules[HEAD])
     built = Built(mixture.config, mixture.sites, mixture.owner, modules, head)
-    mixture.trainable = install(model, built, again=True).trainable
-    adopt(model, mixture)
+    try:
+        mixture.trainable = install(model, built, again=True).trainable
+        adopt(model, mixture)
+    except BaseException:
+        model._modules.setdefault(HEAD, None)
+        for wrapper in modules.values():
+            setattr(wrapper, _wrapped(wrapper), None)
+        raise
 
 
 def _wrapped(wrapper: nn.Module) -> str:

@@ -60,7 +60,8 @@ def train(recipe: str, where: Path, stage: int = 0, cut: bool = False, **argumen
 
 def cases() -> list[tuple[str, str, int, bool]]:
     """(name, recipe, stage, whether the base was loaded in pieces)."""
-    whole = [(f"zero{s}-{r}", r, s, False) for r in RECIPES for s in (2, 3)]
+    whole = [(f"zero3-{r}", r, 3, False) for r in RECIPES]
+    whole += [(f"zero2-{r}", r, 2, False) for r in ("mixlora", "smora", "xlora")]
     return [*whole, ("cut-mixlora", "mixlora", 3, True), ("cut-xlora", "xlora", 3, True)]
 
 

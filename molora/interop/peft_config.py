@@ -118,8 +118,6 @@ def make_config(
     recipe: str | MoloraConfig, *, seed: int, task_type: str | None, options: Mapping[str, Any]
 ) -> MixtureConfig:
     """:func:`molora.peft_config`, where PEFT is installed."""
-    import molora.interop.peft_tuner  # noqa: F401 importing it registers it
-
     return MixtureConfig(config=config_of(recipe, options), seed=seed, task_type=task_type)
 
 

@@ -37,6 +37,7 @@ def peft_config(
         ConfigError: for options that the recipe refuses, and where PEFT is not installed or too old.
     """
     try:
+        import molora.interop.peft_tuner  # noqa: F401 importing it registers it
         from molora.interop.peft_config import make_config
     except ImportError as e:
         raise ConfigError(f"peft_config: needs PEFT ({e}): pip install 'molora[peft]'") from e
@@ -54,7 +55,7 @@ def register_with_peft() -> None:
 def _register() -> None:
     try:
         import molora.interop.peft_tuner  # noqa: F401 importing it registers it
-    except ImportError as e:  # whoever imports PEFT for something else must not fail for our sake
+    except (ImportError, AttributeError) as e:  # who imports PEFT for something else must not fail for our sake
         warnings.warn(f"PEFT will not know molora's adapters: {e}", stacklevel=2)
 
 

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ UNLOAD = "two in one model would feed on each other's outputs: unload() one of t
 class NamedMixtures(nn.Module, BaseTunerLayer):
     """The named mixtures of one base model, as its child: the only tuner layer there, which switches the whole model.
 
-    The mixture in force is on the model as :func:`molora.convert` puts it; the others are parked here.
+    The one in force is on the model as :func:`molora.convert` puts it; the others are parked here. Not for threads.
     """
 
     adapter_layer_names = ("parked",)
@@ -50,12 +49,6 @@ class NamedMixtures(nn.Module, BaseTunerLayer):
     def model(self) -> nn.Module:
         """The base model, with the mixture in force on it."""
         return self._holder[0]
-
-    def names(self) -> list[str]:
-        """All mixtures, sorted."""
-        return sorted(self.frozen)
-
-    # Adding and taking away
 
     def add(self, name: str, config: MixtureConfig) -> None:
         """Make a mixture under a new name; it is put in force only where none is. All of it or nothing.
@@ -77,7 +70,8 @@ class NamedMixtures(nn.Module, BaseTunerLayer):
             made = park(model)
         config.mixture, self.parked[name] = made.mixture, made
         if copied is not None:
-            _copy(self.tensors(name), weights)
+            for n, t in self.tensors(name).items():
+                cast(Tensor, t).data.copy_(weights[n])
         elif config.described is not None:
             self.awaited[name] = config.described.sha256
         self.remember(name)
@@ -123,7 +117,7 @@ class NamedMixtures(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop a mixture; if it was in force, the first of the others is, or the base as it was."""
         if adapter_name in self._active_adapter:
-            others = [n for n in self.names() if n != adapter_name]
+            others = [n for n in sorted(self.frozen) if n != adapter_name]
             if others:
                 warnings.warn(f"{adapter_name} was in force and is deleted; now it is {others[0]}", stacklevel=2)
             self.set_adapter(others[:1])
@@ -151,18 +145,33 @@ class NamedMixtures(nn.Module, BaseTunerLayer):
         """
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         if len(names) > 1 or any(n not in self.frozen for n in names):
-            raise ConfigError(f"set_adapter: got {names}, expected one of {self.names()}: mixtures switch, never add")
-        if names != self._active_adapter:
-            for name in self._active_adapter:
-                self.set_requires_grad(name, False)
+            raise ConfigError(
+                f"set_adapter: got {names}, expected one of {sorted(self.frozen)}: mixtures switch, never add"
+            )
+        before = self._active_adapter
+        if names != before:
+            for name in before:
                 self.parked[name] = park(self.model)
-            self._active_adapter = []
-            for name in names:
-                unpark(self.model, cast(Parked, self.parked.pop(name)))
-            self._active_adapter = names
+                self.parked[name].requires_grad_(False)
+            try:
+                self._unpark(names)
+            except BaseException:
+                self.set_adapter(before)
+                raise
         for name in names:
             cast(Any, self.model)._molora.owner.off = self._disable_adapters
             self.set_requires_grad(name, not inference_mode)
+
+    def _unpark(self, names: list[str]) -> None:
+        self._active_adapter = []
+        for name in names:
+            parked = cast(Parked, self.parked.pop(name))  # first, or what it wraps would be found here, too
+            try:
+                unpark(self.model, parked)
+            except BaseException:
+                self.parked[name] = parked
+                raise
+        self._active_adapter = names
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the mixture in force off and on, in all threads; off, the model computes what the base does."""
@@ -181,7 +190,7 @@ class NamedMixtures(nn.Module, BaseTunerLayer):
 
     def requires_grad_(self, requires_grad: bool = True) -> NamedMixtures:
         """The same for all of them: transformers means the adapters when it freezes a tuner layer."""
-        self.set_requires_grad(self.names(), requires_grad)
+        self.set_requires_grad(sorted(self.frozen), requires_grad)
         return self
 
     def _get_available_adapters(self) -> set[str]:
@@ -238,9 +247,3 @@ class NamedMixtures(nn.Module, BaseTunerLayer):
 
 def _put(model: nn.Module, built: Built) -> None:
     adopt(model, install(model, built))
-
-
-def _copy(tensors: Mapping[str, Tensor | None], values: Mapping[str, Tensor]) -> None:
-    with torch.no_grad():
-        for n, t in tensors.items():
-            cast(Tensor, t).copy_(values[n])
