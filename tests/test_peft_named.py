@@ -224,3 +224,25 @@ def test_a_lora_of_pefts_inside_a_mixture_is_refused_when_it_runs() -> None:
     get_peft_model(model, LoraConfig(target_modules="all-linear"))
     with pytest.raises(ConfigError, match="on this mixture's own layers"):
         model(**INPUTS)
+
+
+def test_a_switch_that_fails_leaves_the_mixture_in_force(folders: Path, outputs: dict[str, torch.Tensor]) -> None:
+    """A balance loss would be lost in re-entrant checkpointing, so that mixture does not go on a model that uses it."""
+    model = PeftModel.from_pretrained(tiny.base_model("llama"), folders / "lora", "a")
+    model.load_adapter(folders / "mola", "b")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ConfigError, match="use_reentrant"):
+        model.set_adapter("b")
+    assert torch.equal(tiny.output(model, INPUTS), outputs["lora"])
+    model.gradient_checkpointing_disable()
+    model.set_adapter("b")
+    assert torch.equal(tiny.output(model, INPUTS), outputs["mola"])
+
+
+def test_half_precision_bases_keep_their_adapters_in_float32(folders: Path) -> None:
+    """transformers' loader casts what it loads to what the parameter is, not to the base's dtype."""
+    wanted = tiny.output(molora.load(tiny.base_model("llama").bfloat16(), folders / "mixlora").eval(), INPUTS)
+    model = tiny.base_model("llama").bfloat16()
+    model.load_adapter(str(folders / "mixlora"))
+    assert torch.equal(tiny.output(model, INPUTS), wanted)
+    assert all(p.dtype == torch.float32 for n, p in model.named_parameters() if ".bank." in n or ".router." in n)
