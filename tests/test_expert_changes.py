@@ -197,3 +197,9 @@ def test_what_makes_no_sense_is_refused_before_anything_changes(recipe: str, cha
 def test_experts_that_share_a_logit_are_refused() -> None:
     with pytest.raises(ConfigError, match="share a logit"):
         behaviours.armed("smora", "llama", rank_partition=2).add_expert()
+
+
+def test_a_new_expert_adds_nothing_whatever_the_others_started_from() -> None:
+    model = behaviours.armed("mola", "llama", init_lora_weights=False)
+    model.add_expert()
+    assert not any(own[-1][1].any() for own in experts(model).values())
