@@ -38,7 +38,7 @@ def peft_config(
     """
     try:
         import molora.interop.peft_tuner  # noqa: F401 importing it registers it
-        from molora.interop.peft_config import make_config
+        from molora.interop.peft_settings import make_config
     except ImportError as e:
         raise ConfigError(f"peft_config: needs PEFT ({e}): pip install 'molora[peft]'") from e
     return make_config(recipe, seed=seed, task_type=task_type, options=options)

@@ -14,7 +14,7 @@ from molora.checkpoint import PREFIX
 from molora.convert import convert
 from molora.errors import AdapterError, ConfigError
 from molora.install import HEAD, Built, Mixture, build, install
-from molora.interop.peft_config import MixtureConfig
+from molora.interop.peft_settings import MixtureConfig
 from molora.interop.peft_weights import digest, keys_of, trained
 from molora.load import wrappers_for
 from molora.model import MixtureModel, adopt
