@@ -20,12 +20,15 @@ from molora.config import MoloraConfig
 from molora.context import checkpoint_contexts
 from molora.convert import convert
 from molora.eval.record import record_routing
+from molora.interop.peft_hook import peft_config, register_with_peft
 from molora.load import from_pretrained, load
 from molora.recipes import RECIPES
 from molora.routers import update_biases
 from molora.routing import Routing
 
 __version__ = "0.1.0"
+
+register_with_peft()
 
 __all__ = [
     "RECIPES",
@@ -36,6 +39,7 @@ __all__ = [
     "errors",
     "from_pretrained",
     "load",
+    "peft_config",
     "recipes",
     "record_routing",
     "update_biases",

@@ -12,14 +12,24 @@ from typing import Any
 import torch
 
 from molora.config import MoloraConfig, Placement
-from molora.errors import ConfigError
+from molora.errors import AdapterError, ConfigError
 from molora.fingerprint import fingerprint_faults
 from molora.kernels.dispatch import KERNELS
 from molora.routers import BALANCES, ROUTERS, BiasedRouter
 from molora.site import SiteConfig
 from molora.strict import PerLayer, Strict
 
-__all__ = ["FORMAT", "NAME", "PEFT_TYPE", "AdapterConfig", "Header", "checksum", "disagreements", "expected_tensors"]
+__all__ = [
+    "FORMAT",
+    "NAME",
+    "PEFT_TYPE",
+    "AdapterConfig",
+    "Header",
+    "checked",
+    "checksum",
+    "disagreements",
+    "expected_tensors",
+]
 
 FORMAT = 1
 PEFT_TYPE = "MOLORA"
@@ -108,6 +118,32 @@ def checksum(values: Mapping[str, Any]) -> str:
     """sha256 of the entries as they stand in the file, but for itself and the base's name, which users may edit."""
     covered = {k: v for k, v in values.items() if k not in ("checksum", NAME)}
     return hashlib.sha256(json.dumps(covered, sort_keys=True).encode()).hexdigest()
+
+
+def checked(raw: Mapping[str, Any], where: object) -> tuple[AdapterConfig, dict[str, Shape]]:
+    """The config file with the entries ``raw``, and the tensors that it describes.
+
+    Raises:
+        AdapterError: for another kind of adapter, a newer format, values out of range, or a checksum that does not fit.
+    """
+    kind, number = raw.get("peft_type"), raw.get("molora_format")
+    if kind != PEFT_TYPE:
+        raise AdapterError(
+            f"{where}: got an adapter of peft_type {str(kind)[:100]!r}, expected {PEFT_TYPE!r}, molora's own"
+        )
+    if type(number) is int and number > FORMAT:
+        raise AdapterError(f"{where}: got format {number}, this molora reads up to {FORMAT}; upgrade molora")
+    try:
+        document = AdapterConfig.from_dict(raw)
+        expected = expected_tensors(document.config, document.sites)
+    except ValueError as e:  # a ConfigError, or a check that stumbled over hostile values
+        raise AdapterError(f"{where}: {str(e)[:2000]}") from e
+    if document.checksum != checksum(raw):
+        raise AdapterError(
+            f"{where}: its checksum does not fit its text: it was damaged or edited (only {NAME} may be). "
+            "Fetch or save the adapter again"
+        )
+    return document, expected
 
 
 def expected_tensors(config: MoloraConfig, sites: Sequence[SiteConfig]) -> dict[str, Shape]:

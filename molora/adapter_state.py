@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from molora.errors import AdapterError
-from molora.install import HEAD, sites_of
+from molora.install import HEAD, sites_of, wrappers_of
 from molora.layers import MixtureLinear, SavedModule
 
 __all__ = ["merge_expert", "saved_tensors"]
+
+T = TypeVar("T")
 
 
 def merge_expert(m: MixtureLinear) -> None:
@@ -34,12 +37,15 @@ def merge_expert(m: MixtureLinear) -> None:
         weight.add_((delta_OI.t() if transposed else delta_OI).to(weight.dtype))
 
 
-def saved_tensors(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """What an adapter folder holds, by canonical name: banks, routers with their biases, the head, trained copies."""
-    state = model.state_dict() if state_dict is None else state_dict
-    out: dict[str, Tensor] = {}
+def saved_tensors(model: nn.Module, state_dict: Mapping[str, T] | None = None) -> dict[str, T]:
+    """What an adapter folder holds, by canonical name: banks, routers with their biases, the head, trained copies.
+
+    ``state_dict``: what to take by the names of ``model.state_dict()``; the model's own without it.
+    """
+    state: Mapping[str, T] = model.state_dict() if state_dict is None else state_dict
+    out: dict[str, T] = {}
     places = [(now, path) for now, (path, _) in sites_of(model).items()]
-    places += [(now, now) for now, m in model.named_modules() if isinstance(m, SavedModule)]
+    places += [(now, m.path) for now, m in wrappers_of(model).items() if isinstance(m, SavedModule)]
     parts = ("bank", "router", "trained")
     wanted = [(f"{now}.{part}.", f"{path}.{part}.") for now, path in places for part in parts]
     wanted.append((f"{HEAD}.", f"{HEAD}."))

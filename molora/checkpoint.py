@@ -23,7 +23,7 @@ from molora.adapter_config import (
     PEFT_TYPE,
     AdapterConfig,
     Header,
-    checksum,
+    checked,
     disagreements,
     expected_tensors,
 )
@@ -37,7 +37,10 @@ from molora.tensor_file import TensorFile
 
 __all__ = [
     "Adapter",
+    "Described",
     "check_fingerprint",
+    "check_tensors",
+    "describe",
     "expected_tensors",
     "fingerprint",
     "load_tensors",
@@ -51,19 +54,25 @@ ATTEMPTS = 100  # at reading a folder that is being saved into all the time
 
 
 @dataclass(frozen=True)
-class Adapter:
+class Described:
+    """What a checked config says of an adapter: everything but the weights."""
+
+    folder: Path
+    config: MoloraConfig
+    sites: tuple[SiteConfig, ...]
+    fingerprint: dict[str, Any]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Adapter(Described):
     """An adapter folder whose config, header and digest agree.
 
     ``tensors``: parameter name (without PEFT's prefix) to (shape, dtype). ``file`` holds the weights open, so that
     they stay the ones that were checked when somebody saves into the folder meanwhile.
     """
 
-    folder: Path
-    config: MoloraConfig
-    sites: tuple[SiteConfig, ...]
-    fingerprint: dict[str, Any]
     tensors: Header
-    sha256: str
     file: TensorFile = field(repr=False, compare=False)
 
 
@@ -75,6 +84,7 @@ def write_adapter(
     tensors: Mapping[str, Tensor],
     fingerprint: Mapping[str, Any],
     card: str,
+    task_type: str | None = None,
 ) -> None:
     """Save an adapter folder: config, ``tensors`` (by parameter name, dtypes kept) and the model card ``card``.
 
@@ -85,9 +95,25 @@ def write_adapter(
         CheckpointError: when the folder cannot be written or holds something else, when the tensors are not those of
             the sites, or hold NaN. What was in the folder stays.
     """
-    base = dict(fingerprint)
-    document = AdapterConfig(
+    document = describe(config, sites, fingerprint, task_type)
+    check_tensors(folder, config, sites, tensors)
+    save_folder(
+        Path(folder),
         peft_type=PEFT_TYPE,
+        tensors={PREFIX + name: t for name, t in tensors.items()},
+        describe=lambda sha256: document.replace(sha256=sha256).text(),
+        card=card,
+    )
+
+
+def describe(
+    config: MoloraConfig, sites: Sequence[SiteConfig], fingerprint: Mapping[str, Any], task_type: str | None = None
+) -> AdapterConfig:
+    """The config file of an adapter, but for the digest of its weights."""
+    base = dict(fingerprint)
+    return AdapterConfig(
+        peft_type=PEFT_TYPE,
+        task_type=task_type,
         base_model_name_or_path=base.pop(NAME, None),
         molora_format=FORMAT,
         molora_version=_version(),
@@ -100,19 +126,16 @@ def write_adapter(
         sha256="",
         checksum="",
     )
+
+
+def check_tensors(
+    where: object, config: MoloraConfig, sites: Sequence[SiteConfig], tensors: Mapping[str, Tensor]
+) -> None:
+    """CheckpointError when ``tensors``, by parameter name, are not those of the sites, in names and shapes."""
     header = {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
     faults = disagreements(config, expected_tensors(config, sites), header)
     if faults:
-        raise CheckpointError(
-            f"{folder}: the weights are not those of the config, nothing was saved: {'; '.join(faults)}"
-        )
-    save_folder(
-        Path(folder),
-        peft_type=PEFT_TYPE,
-        tensors={PREFIX + name: t for name, t in tensors.items()},
-        describe=lambda sha256: document.replace(sha256=sha256).text(),
-        card=card,
-    )
+        raise CheckpointError(f"{where}: these are not the weights that the config describes: {'; '.join(faults)}")
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
@@ -145,7 +168,7 @@ def load_tensors(adapter: Adapter, *, allow_nan: bool = False) -> dict[str, Tens
     return {name.removeprefix(PREFIX): t for name, t in tensors.items()}
 
 
-def check_fingerprint(adapter: Adapter, model: nn.Module, ignore: bool = False) -> None:
+def check_fingerprint(adapter: Described, model: nn.Module, ignore: bool = False) -> None:
     """Compare the base of ``adapter`` with ``model``; the name does not count. ``ignore`` accepts any base.
 
     Raises:
@@ -189,7 +212,7 @@ def _read(folder: Path) -> Adapter:
 
 
 def _read_with(folder: Path, path: Path) -> Adapter:
-    document, expected = _document(path)
+    document, expected = checked(read_object(path, CONFIG_LIMIT, max_keys=MAX_KEYS), path)
     room = 4096 + sum(2 * len(name) + 200 for name in expected) + (1 << 20 if document.config.modules_to_save else 0)
     file = TensorFile(folder / WEIGHTS, header_limit=room)
     bare = [n for n in file.entries if not n.startswith(PREFIX)]
@@ -205,29 +228,7 @@ def _read_with(folder: Path, path: Path) -> Adapter:
             "Fetch or save the adapter again"
         )
     base = {NAME: document.base_model_name_or_path, **document.fingerprint}
-    return Adapter(folder, document.config, document.sites, base, tensors, document.sha256, file)
-
-
-def _document(path: Path) -> tuple[AdapterConfig, dict[str, tuple[int, ...]]]:
-    raw = read_object(path, CONFIG_LIMIT, max_keys=MAX_KEYS)
-    kind, number = raw.get("peft_type"), raw.get("molora_format")
-    if kind != PEFT_TYPE:
-        raise AdapterError(
-            f"{path}: got an adapter of peft_type {str(kind)[:100]!r}, expected {PEFT_TYPE!r}, molora's own"
-        )
-    if type(number) is int and number > FORMAT:
-        raise AdapterError(f"{path}: got format {number}, this molora reads up to {FORMAT}; upgrade molora")
-    try:
-        document = AdapterConfig.from_dict(raw)
-        expected = expected_tensors(document.config, document.sites)
-    except ValueError as e:  # a ConfigError, or a check that stumbled over hostile values
-        raise AdapterError(f"{path}: {str(e)[:2000]}") from e
-    if document.checksum != checksum(raw):
-        raise AdapterError(
-            f"{path}: its checksum does not fit its text: it was damaged or edited (only {NAME} may be). "
-            "Fetch or save the adapter again"
-        )
-    return document, expected
+    return Adapter(folder, document.config, document.sites, base, document.sha256, tensors, file)
 
 
 def _what_it_is(folder: Path) -> str:

@@ -98,7 +98,7 @@ def current() -> Frame | None:
     return _state.frame
 
 
-def here(owner: object) -> tuple[bool, Frame | None]:
+def here(owner: Any) -> tuple[bool, Frame | None]:
     """:func:`is_off` and :func:`current` at once."""
     return is_off(owner), _state.frame
 
@@ -135,9 +135,9 @@ def switched_off(owner: object) -> Iterator[None]:
         _state.off = before
 
 
-def is_off(owner: object) -> bool:
-    """Whether the experts of ``owner``'s model are switched off in this thread."""
-    return bool(_state.off) and any(o is owner for o in _state.off)
+def is_off(owner: Any) -> bool:
+    """Whether the experts of ``owner``'s model are switched off, in this thread or altogether."""
+    return owner.off or (bool(_state.off) and any(o is owner for o in _state.off))
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from molora.recipes import RECIPES
 from molora.resolve import resolve
 from molora.targets import candidates
 
-__all__ = ["aligned", "convert", "put_on"]
+__all__ = ["aligned", "config_of", "convert", "put_on"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -40,7 +40,7 @@ def convert(model: M, recipe: str | MoloraConfig, *, seed: int = 0, **options: A
     Raises:
         ConfigError, TargetError, AdapterError: before anything is changed; after any failure the model is as before.
     """
-    config = _config(recipe, options)
+    config = config_of(recipe, options)
     _check(model, config)
     adapters = {name: aligned(model, name, folder) for name, folder in config.adapters}
     return put_on(model, config, adapters, seed)
@@ -58,7 +58,12 @@ def put_on(model: M, config: MoloraConfig, adapters: Mapping[str, LoraAdapter], 
     return model
 
 
-def _config(recipe: str | MoloraConfig, options: Mapping[str, Any]) -> MoloraConfig:
+def config_of(recipe: str | MoloraConfig, options: Mapping[str, Any]) -> MoloraConfig:
+    """The config of a recipe with its options, or the given one.
+
+    Raises:
+        ConfigError: for an unknown recipe, options that it refuses, and a config with options.
+    """
     if isinstance(recipe, MoloraConfig):
         if options:
             raise ConfigError(f"convert: got a config and the options {list(options)}; give them to the recipe instead")

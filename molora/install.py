@@ -19,7 +19,7 @@ from molora.layers import MixtureLinear, Owner, RoutedModule, SavedModule
 from molora.routers import BALANCES, ROUTERS, BiasedRouter, HiddenRouter
 from molora.site import SiteConfig
 
-__all__ = ["HEAD", "Built", "Mixture", "build", "check_tables", "install", "sites_of", "uninstall"]
+__all__ = ["HEAD", "Built", "Mixture", "build", "check_tables", "install", "sites_of", "uninstall", "wrappers_of"]
 
 HEAD = "molora_router"  # attribute of the model that holds a model-wide router
 HALF = (torch.float16, torch.bfloat16)
@@ -87,7 +87,7 @@ def build(model: nn.Module, config: MoloraConfig, sites: tuple[SiteConfig, ...],
         modules[site.path] = _site(model.get_submodule(site.path), site, placement, config.kernel, owner, seed)
     for path in _saved_paths(model, config, sites):
         original = model.get_submodule(path)
-        modules[path] = SavedModule(original, copy.deepcopy(original).requires_grad_(True), owner)
+        modules[path] = SavedModule(original, copy.deepcopy(original).requires_grad_(True), owner, path)
     return Built(config, sites, owner, modules, _head(model, config, sites, seed))
 
 
@@ -165,13 +165,15 @@ def _places(model: nn.Module) -> dict[int, list[str]]:
     return places
 
 
-def install(model: nn.Module, built: Built) -> Mixture:
+def install(model: nn.Module, built: Built, again: bool = False) -> Mixture:
     """Swap the wrappers in and freeze the base. On any failure the model is put back as it was.
+
+    ``again``: the model was a mixture's before, so that a ``forward`` replaced on it since calls ours.
 
     Raises:
         TargetError: for a model whose ``forward`` was replaced on the instance: ours would never run.
     """
-    if "forward" in vars(model):
+    if "forward" in vars(model) and not again:
         raise TargetError(
             f"forward is replaced on this {type(model).__name__} (a device map with hooks, or a patch), so what the "
             "mixture does around it would be skipped; convert or load first, then dispatch or patch"
@@ -209,24 +211,37 @@ def _own(wrapper: nn.Module) -> Iterator[nn.Parameter]:
             yield from child.parameters()
 
 
+def wrappers_of(model: nn.Module) -> dict[str, RoutedModule | SavedModule]:
+    """Path of now to wrapper, of the mixture in force; a model may hold others that are parked."""
+    mixture: Mixture | None = getattr(model, "_molora", None)
+    return {
+        now: m
+        for now, m in model.named_modules(remove_duplicate=False)
+        if isinstance(m, RoutedModule | SavedModule) and (mixture is None or m.owner is mixture.owner)
+    }
+
+
 def sites_of(model: nn.Module) -> dict[str, tuple[str, RoutedModule]]:
-    """Adapted modules: the path they have now to (the path they had in the base, the module)."""
-    return {now: (m.site.path, m) for now, m in model.named_modules() if isinstance(m, RoutedModule)}
+    """Adapted modules: the path they have now to (the path they had in the base, the module), each module once."""
+    sites: dict[RoutedModule, str] = {}
+    for now, m in wrappers_of(model).items():
+        if isinstance(m, RoutedModule):
+            sites.setdefault(m, now)
+    return {now: (m.site.path, m) for m, now in sites.items()}
 
 
-def uninstall(model: nn.Module, mixture: Mixture) -> None:
+def uninstall(model: nn.Module, mixture: Mixture, parking: bool = False) -> None:
     """Put the original modules back, with their ``requires_grad``; banks, routers and trained copies are dropped."""
-    outer_first = sorted(
-        ((p, m) for p, m in model.named_modules(remove_duplicate=False) if isinstance(m, RoutedModule | SavedModule)),
-        key=lambda item: item[0].count("."),
-    )
+    outer_first = sorted(wrappers_of(model).items(), key=lambda item: item[0].count("."))
+    around = [p for p, m in outer_first if isinstance(m, FFNRows)]
     for path, module in outer_first:
         original = module.original if isinstance(module, SavedModule) else module.base_layer
         shortened = path
-        for other, _ in outer_first:
+        for other in around:
             shortened = shortened.replace(other + ".base_layer.", other + ".")
         _swap(model, shortened, original)  # type: ignore[arg-type]
-    model._modules.pop(HEAD, None)
+    if not parking:
+        model._modules.pop(HEAD, None)
     names: Mapping[str, nn.Parameter] = dict(model.named_parameters())
     for name in mixture.trainable:
         names[name].requires_grad_(True)

@@ -24,7 +24,12 @@ __all__ = ["MixtureLinear", "Owner", "RoutedModule", "SavedModule"]
 
 
 class Owner:
-    """Identity of one converted model: its sites and its forward hold the same one, also after deepcopy and pickle."""
+    """Identity of one mixture: its sites and its model's forward hold the same one, also after deepcopy and pickle.
+
+    ``off``: the mixture computes nothing in any thread until it is False again (``context.switched_off``: one thread).
+    """
+
+    off = False
 
 
 class RoutedModule(nn.Module):
@@ -238,9 +243,9 @@ class MixtureLinear(RoutedModule):
 class SavedModule(nn.Module):
     """A module trained and saved whole (``modules_to_save``): a trainable copy beside the frozen original."""
 
-    def __init__(self, original: nn.Module, trained: nn.Module, owner: Owner) -> None:
+    def __init__(self, original: nn.Module, trained: nn.Module, owner: Owner, path: str) -> None:
         super().__init__()
-        self.original, self.trained, self.owner = original, trained, owner
+        self.original, self.trained, self.owner, self.path = original, trained, owner, path
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The copy's output; the original's while the adapter is off."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from molora import processes
 from molora.adapter_state import saved_tensors
-from molora.checkpoint import Adapter, check_fingerprint, load_tensors, read_adapter
+from molora.checkpoint import Described, check_fingerprint, load_tensors, read_adapter
 from molora.errors import AdapterError, ConfigError, TargetError
 from molora.install import HEAD, Built, build, install
 from molora.interop.foreign import Asked, Importer, packed
@@ -22,7 +22,7 @@ from molora.resolve import resolve
 from molora.site import SiteConfig
 from molora.trace import linear_shape
 
-__all__ = ["from_pretrained", "load", "restore"]
+__all__ = ["from_pretrained", "load", "restore", "wrappers_for"]
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -61,17 +61,26 @@ def load(
     adapter = read_adapter(folder)
     if missing:
         raise ConfigError(f"load: got {sorted(missing)}, but a molora folder records everything; leave them out")
-    check_fingerprint(adapter, base_model, ignore=ignore_base)
-    _check_sites(adapter, base_model)
-    try:
-        built = build(base_model, adapter.config, adapter.sites)
-    except (ConfigError, TargetError) as e:
-        raise AdapterError(f"{adapter.folder}: its config does not fit this model: {e}") from e
+    built = wrappers_for(adapter, base_model, ignore_base=ignore_base)
     fill(built, load_tensors(adapter), os.fspath(folder))
     adopt(base_model, install(base_model, built))
     if not trainable:
         base_model.requires_grad_(False)
     return base_model
+
+
+def wrappers_for(adapter: Described, base_model: nn.Module, *, ignore_base: bool = False) -> Built:
+    """The wrappers of ``adapter``, with random weights, beside the model that they were made for.
+
+    Raises:
+        AdapterError: for another base, or one without linears of those widths at the recorded places.
+    """
+    check_fingerprint(adapter, base_model, ignore=ignore_base)
+    _check_sites(adapter, base_model)
+    try:
+        return build(base_model, adapter.config, adapter.sites)
+    except (ConfigError, TargetError) as e:
+        raise AdapterError(f"{adapter.folder}: its config does not fit this model: {e}") from e
 
 
 def _foreign(model: M, importer: Importer, asked: Asked, trainable: bool) -> M:
@@ -101,7 +110,7 @@ def _led(tensors: Mapping[str, Tensor], sites: Sequence[SiteConfig]) -> dict[str
     return out
 
 
-def _check_sites(adapter: Adapter, model: nn.Module) -> None:
+def _check_sites(adapter: Described, model: nn.Module) -> None:
     """Every site must be a linear of the recorded widths in this model, whatever the fingerprint says."""
     modules = dict(model.named_modules())
     for site in adapter.sites:

@@ -6,13 +6,13 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from molora import context
+from molora import context, reshape
 from molora.adapter_state import merge_expert, saved_tensors
 from molora.aux_loss import add_aux_loss
 from molora.checkpoint import fingerprint, write_adapter
@@ -51,12 +51,11 @@ class MixtureModel:
         if not is_main_process:
             return
         model, mixture = cast(nn.Module, self), self._molora
-        tensors = saved_tensors(model, state_dict)
         write_adapter(
             save_directory,
             config=mixture.config,
             sites=mixture.sites,
-            tensors=tensors,
+            tensors=saved_tensors(model, state_dict),
             fingerprint=mixture.fingerprint or fingerprint(model),
             card=model_card(model, mixture),
         )
@@ -144,6 +143,29 @@ class MixtureModel:
         parts: Any = super().__reduce_ex__(protocol)
         return (_rebuild, (self._molora.base_class,), *parts[2:])
 
+    def add_expert(self, *, logit: float = reshape.NEW_LOGIT, seed: int = 0) -> None:
+        """Add an expert to every router, the last in its order; make the optimizer anew after it.
+
+        Its B is 0, its A drawn from ``seed``, its router row 0 with a bias of ``logit`` (the others get a bias of 0).
+        All other parameters keep their bits. While ``logit`` is below those of the chosen, the choice is the same, and
+        to rounding the weights, but for a softmax that is not renormalised: it shrinks by about exp(logit - largest).
+
+        Raises:
+            ConfigError: without a router, for ready-made adapters, experts that share a logit, parameters in pieces.
+        """
+        reshape.add_expert(cast(nn.Module, self), self._molora, logit, seed)
+
+    def prune_experts(self, experts: Iterable[int] | Mapping[str, Iterable[int]]) -> None:
+        """Remove experts by index from every router, or from those that a mapping names by path, as tapes do.
+
+        The parameters of the others keep their bits, and so does the choice of a token that chose none of those, and
+        to rounding its weights where they are renormalised. Make the optimizer anew after it.
+
+        Raises:
+            ConfigError: for an index that a router does not have, fewer experts than its top_k, and as above.
+        """
+        reshape.prune_experts(cast(nn.Module, self), self._molora, experts)
+
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
     cls = mixture_class(cast(Hashable, base))
@@ -217,7 +239,7 @@ def adopt(model: nn.Module, mixture: Mixture) -> nn.Module:
     """Make ``model`` (its wrappers are in) an instance of the subclass; bind checkpointing that was already on."""
     model._molora = mixture  # type: ignore[assignment]
     try:
-        mixture.fingerprint = fingerprint(model)
+        mixture.fingerprint = mixture.fingerprint or fingerprint(model)
         rebind(model)
         model.__class__ = mixture_class(cast(Hashable, mixture.base_class))
     except BaseException:

@@ -117,7 +117,10 @@ FAULTS: dict[str, dict[str, Fault]] = {
         "no_expert": (lambda f: (f / "1" / "adapter_model.safetensors").unlink(), "there is no adapter_model"),
     },
     "peft_lora": {
-        "dora": (rewrite(use_dora=True), "use_dora=True, expected plain LoRA; turn it into plain LoRA first: molora.interop.to_lora"),
+        "dora": (
+            rewrite(use_dora=True),
+            "use_dora=True, expected plain LoRA; turn it into .*: molora.interop.to_lora",
+        ),
         "replication": (rewrite(layer_replication=[[0, 2]]), "layer_replication"),
         "fused": (rewrite(target_parameters=["mlp.experts.gate_up_proj"]), "expert-fastest"),
         "names": (rewrite(modules_to_save="head"), "expected a list of names"),

@@ -1,0 +1,234 @@
+"""Change the experts of a trained mixture: one more, or some less, with the parameters of the others bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from molora.bank import ExpertBank
+from molora.config import MoloraConfig, Placement
+from molora.errors import ConfigError
+from molora.install import HEAD, Mixture, generator, sites_of
+from molora.layers import MixtureLinear, RoutedModule
+from molora.routers import BiasedRouter, HiddenRouter, LinearRouter
+from molora.site import SiteConfig
+from molora.strict import PerLayer
+
+__all__ = ["NEW_LOGIT", "add_expert", "prune_experts"]
+
+Sources = tuple[int | None, ...]  # by new expert: which one it was, None for a new one
+NEW_LOGIT = -10.0  # exp(-10) is 5e-5: not chosen beside trained experts, and still far from underflow
+
+
+@dataclass(frozen=True)
+class _Change:
+    """What each site's experts become, by site path; of one model."""
+
+    model: nn.Module
+    mixture: Mixture
+    sources: Mapping[str, Sources]
+    config: MoloraConfig
+    logit: float
+    seed: int
+
+
+def add_expert(model: nn.Module, mixture: Mixture, logit: float, seed: int) -> None:
+    """See :meth:`molora.model.MixtureModel.add_expert`."""
+    routed = _routed(model, mixture, "add_expert")
+    if any(mixture.config.placements[m.site.placement].imported for m in routed):
+        raise ConfigError(
+            f"add_expert: the experts of recipe {mixture.config.recipe!r} are ready-made adapters; convert the base "
+            "with one more in adapters={name: folder}, its gates have to be learned again"
+        )
+    sources = {m.site.path: (*range(m.site.num_experts), None) for m in routed}
+    placements = tuple(
+        _grown(p.replace(router=p.router.replace(bias=True)), 1) if _is_routed(p) else p
+        for p in mixture.config.placements
+    )
+    _apply(_Change(model, mixture, sources, _with(mixture.config, placements, 1), logit, seed))
+
+
+def prune_experts(model: nn.Module, mixture: Mixture, experts: Iterable[int] | Mapping[str, Iterable[int]]) -> None:
+    """See :meth:`molora.model.MixtureModel.prune_experts`."""
+    routed, config = _routed(model, mixture, "prune_experts"), mixture.config
+    everywhere = not isinstance(experts, Mapping)
+    wanted = _by_site(routed, experts, config)
+    sources = {}
+    for m in routed:
+        gone = wanted.get(m.site.path, set())
+        if any(not 0 <= e < m.site.num_experts for e in gone):
+            raise ConfigError(
+                f"prune_experts: {m.site.path}: got {sorted(gone)}, expected indices from 0 to {m.site.num_experts - 1}"
+            )
+        sources[m.site.path] = tuple(e for e in range(m.site.num_experts) if e not in gone)
+        left, least = len(sources[m.site.path]), m.site.top_k or 1
+        if left < least:
+            raise ConfigError(
+                f"prune_experts: {m.site.path}: {left} experts would be left, expected at least {least} (the top_k)"
+            )
+    if everywhere:
+        less = -len(set(cast(Iterable[int], experts)))
+        placements = tuple(_grown(p, less) if _is_routed(p) else p for p in config.placements)
+        config = _with(config, placements, less)
+        gone = set().union(*wanted.values())
+        if config.adapters:
+            config = config.replace(adapters=tuple(a for e, a in enumerate(config.adapters) if e not in gone))
+    else:
+        counts = {m.site.path: len(sources[m.site.path]) for m in routed}
+        config = _with(config, tuple(_counted(p, i, routed, counts) for i, p in enumerate(config.placements)), 0)
+    _apply(_Change(model, mixture, sources, config, 0.0, 0))
+
+
+def _is_routed(p: Placement) -> bool:
+    return p.router.kind != "fixed"
+
+
+def _routed(model: nn.Module, mixture: Mixture, what: str) -> list[RoutedModule]:
+    """The sites whose experts a router chooses; those of a fixed router have one expert, always on."""
+    sites = [m for _, m in sites_of(model).values()]
+    routed = [m for m in sites if _is_routed(m.placement)]
+    if not routed:
+        raise ConfigError(f"{what}: recipe {mixture.config.recipe!r} has one expert that is always on, and no router")
+    if any(m.placement.gate.partition > 1 for m in routed):
+        raise ConfigError(f"{what}: got experts that share a logit (partition), expected a logit for each")
+    if any(isinstance(m, MixtureLinear) and m.bank is not None and m.bank.in_pieces for m in routed):
+        raise ConfigError(f"{what}: an engine holds the parameters in pieces; change the experts before it starts")
+    return routed
+
+
+def _by_site(routed: list[RoutedModule], experts: Any, config: MoloraConfig) -> dict[str, set[int]]:
+    """Site path to the experts that go: the linears of a block lose those of its router."""
+    if not isinstance(experts, Mapping):
+        return {m.site.path: set(experts) for m in routed}
+    leads = {m.site.path: m.site.block for m in routed if m.router is not None}
+    unknown = [path for path in experts if path not in leads]
+    if unknown or config.adapters:
+        raise ConfigError(
+            f"prune_experts: got {unknown[:3] or list(experts)[:3]}, expected "
+            + ("a list of indices: the experts are adapters of the whole model" if config.adapters else "paths of ")
+            + ("" if config.adapters else f"routers, such as {next(iter(leads), 'none')!r}")
+        )
+    blocks = {leads[path]: set(gone) for path, gone in experts.items() if leads[path]}
+    own = {path: set(gone) for path, gone in experts.items()}
+    return {m.site.path: blocks.get(m.site.block) or own.get(m.site.path, set()) for m in routed}
+
+
+# The config, which tells how the mixture would be made; the sites say what it is
+
+
+def _plus(value: PerLayer, more: int) -> PerLayer:
+    return tuple(v + more for v in value) if isinstance(value, tuple) else value + more
+
+
+def _grown(p: Placement, more: int) -> Placement:
+    if p.imported:
+        return p
+    return p.replace(r=_plus(p.r, more)) if p.rank_one else p.replace(num_experts=_plus(p.num_experts, more))
+
+
+def _with(config: MoloraConfig, placements: tuple[Placement, ...], more: int) -> MoloraConfig:
+    patterns = config.rank_pattern
+    if any(p.rank_one for p in placements):
+        patterns = tuple((name, r + more) for name, r in patterns)
+    return config.replace(placements=placements, rank_pattern=patterns)
+
+
+def _counted(p: Placement, index: int, routed: Sequence[RoutedModule], counts: Mapping[str, int]) -> Placement:
+    """The placement with the largest number of experts of each layer."""
+    layers: dict[int, int] = {}
+    for m in routed:
+        if m.site.placement == index:
+            layers[m.site.layer] = max(layers.get(m.site.layer, 0), counts[m.site.path])
+    if not layers:
+        return p
+    values = tuple(layers[i] for i in sorted(layers))
+    value: PerLayer = values[0] if len(set(values)) == 1 else values
+    return p.replace(r=value) if p.rank_one else p.replace(num_experts=value)
+
+
+# The modules
+
+
+def _apply(change: _Change) -> None:
+    """Build every new bank and router beside the model, then put them in."""
+    modules = {m.site.path: m for _, m in sites_of(change.model).values()}
+    sites = tuple(_site(s, change.sources.get(s.path)) for s in change.mixture.sites)
+    made: list[tuple[RoutedModule, SiteConfig, ExpertBank | None, nn.Module | None]] = []
+    for site in sites:
+        m, sources = modules[site.path], change.sources.get(site.path)
+        bank, router = getattr(m, "bank", None), m.router
+        if sources is not None:
+            bank = None if bank is None else _bank(bank, site, m.placement, sources, change.seed)
+            placement = change.config.placements[site.placement]
+            router = None if router is None else _router(cast(LinearRouter, router), placement, sources, change.logit)
+        made.append((m, site, bank, router))
+    old_head = getattr(change.model, HEAD, None)
+    head = None if old_head is None else _head(old_head, next(iter(change.sources.values())))
+    for m, site, bank, router in made:
+        m.site, m.router, m.placement = site, router, change.config.placements[site.placement]
+        if isinstance(m, MixtureLinear):
+            m.bank = bank
+    if head is not None:
+        setattr(change.model, HEAD, head)
+    change.mixture.config, change.mixture.sites = change.config, sites
+
+
+def _site(site: SiteConfig, sources: Sources | None) -> SiteConfig:
+    if sources is None:
+        return site
+
+    def chosen(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        return values if len(values) < 2 else tuple(values[0 if s is None else s] for s in sources)
+
+    return site.replace(num_experts=len(sources), ranks=chosen(site.ranks), scales=chosen(site.scales))
+
+
+def _bank(old: ExpertBank, site: SiteConfig, p: Placement, sources: Sources, seed: int) -> ExpertBank:
+    A = old.lora_A
+    new = ExpertBank(site, train=A.requires_grad, dtype=A.dtype, device=torch.device("cpu"))
+    new.reset_parameters(generator(seed, site.path, "bank", str(len(sources))), p.init_lora_weights)
+    with torch.no_grad():
+        for e, source in enumerate(sources):
+            if source is None:
+                new.expert(e)[1].zero_()
+            else:
+                A_rI, B_Or, _ = old.expert(source)
+                new.set_expert(e, A_rI, B_Or)
+    return new.to(A.device)
+
+
+def _rows(old: Tensor, sources: Sources, fill: float) -> Tensor:
+    """Rows of ``old`` by ``sources``, new ones constant."""
+    fresh = torch.full_like(old[:1], fill)
+    return torch.cat([fresh if s is None else old[s : s + 1] for s in sources])
+
+
+def _router(old: LinearRouter, p: Placement, sources: Sources, logit: float) -> LinearRouter:
+    weight = old.weight.detach()
+    new = LinearRouter(weight.shape[1], len(sources), p.router, p.gate, weight.device)
+    new.train(old.training)
+    with torch.no_grad():
+        new.weight.copy_(_rows(weight, sources, 0.0))
+        if new.bias is not None:
+            before = torch.zeros(weight.shape[0], device=weight.device) if old.bias is None else old.bias
+            new.bias.copy_(_rows(before, sources, logit))
+    if isinstance(old, BiasedRouter) and old.select_bias is not None:
+        new.add_select_bias(old.bias_rate, weight.device)
+        cast(Tensor, new.select_bias).copy_(_rows(old.select_bias, sources, 0.0))
+    return new.requires_grad_(old.weight.requires_grad)
+
+
+def _head(old: HiddenRouter, sources: Sources) -> HiddenRouter:
+    """Its last linear has a row for each site and expert, the experts side by side."""
+    first = cast(nn.Linear, old.layers[0])
+    new = HiddenRouter(first.in_features, len(sources), old.config, old.gate_config, old.num_sites, first.weight.device)
+    kept = [s for s in sources if s is not None]
+    state = old.state_dict()
+    for name in [n for n in state if n.startswith(f"layers.{len(old.layers) - 1}.")]:
+        state[name] = state[name].unflatten(0, (-1, old.num_experts))[:, kept].flatten(0, 1)
+    new.load_state_dict(state)
+    return new.train(old.training).requires_grad_(first.weight.requires_grad)
