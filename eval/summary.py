@@ -59,7 +59,14 @@ def summary(stats: RoutingStats, seed: int = 0, permutations: int = 1000, resamp
         "schema": SCHEMA,
         "seed": seed,
         "sites": [
-            {"path": s.path, "layer": s.layer, "kind": s.kind, "experts": s.experts, "choices": s.choices}
+            {
+                "path": s.path,
+                "layer": s.layer,
+                "kind": s.kind,
+                "experts": s.experts,
+                "choices": s.choices,
+                "stream": s.stream,
+            }
             for s in stats.sites
         ],
         "domains": {name: {"documents": int((group_N == g).sum())} for g, name in enumerate(names)},

@@ -168,6 +168,7 @@ def test_the_summary_says_what_was_counted_in_the_same_bytes(recipe: str, tmp_pa
     assert json.dumps(said) == json.dumps(summary(merged, 5, 50, 50))
     assert said["domains"] == {"a": {"documents": 9}, "b": {"documents": 6}, "c": {"documents": 3}}
     assert {s["path"] for s in said["sites"]} == {s.path for s in stats.sites}
+    assert {s["stream"] for s in said["sites"]} == set(said["samples"][0]["tokens"])
     for i, site in enumerate(stats.sites):
         assert len(said["load_of_all"][i]) == len(said["lift"]["c"]["value"][i]) == site.experts
         assert sum(said["load"]["b"][i]) == pytest.approx(1, abs=1e-4)
