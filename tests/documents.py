@@ -82,13 +82,21 @@ def scores(seed: int, domains: tuple[str, ...] = DOMAINS) -> dict[str, Any]:
 
 def training(steps: int = 12) -> list[dict[str, float]]:
     log: list[dict[str, float]] = [
-        {"step": 10 * n, "epoch": n / 10, "loss": 3 / n + 1, "aux_loss": 1 + 0.5 / n, "learning_rate": 1e-3 * (1 - n / 20)}
+        {
+            "step": 10 * n,
+            "epoch": n / 10,
+            "loss": 3 / n + 1,
+            "aux_loss": 1 + 0.5 / n,
+            "learning_rate": 1e-3 * (1 - n / 20),
+        }
         for n in range(1, steps + 1)
     ]
     return [*log, {"step": 10 * steps, "train_runtime": 12.5, "loss": float("nan")}]
 
 
-def document(recipe: str, root: Path, name: str = "", base: str = "llama", seed: int = 0, samples: int = 4) -> dict[str, Any]:
+def document(
+    recipe: str, root: Path, name: str = "", base: str = "llama", seed: int = 0, samples: int = 4
+) -> dict[str, Any]:
     """A whole document: the routing and the experts are those of an armed tiny model on random texts."""
     model = tiny.converted(recipe, base, root)
     tiny.arm(model, seed=seed + 1)
