@@ -1,4 +1,4 @@
-"""What a report writes out as tables and words: labels of sites and experts, rows of tables, and which sections exist."""
+"""What a report writes out as tables and words: labels, rows of tables, and which sections exist."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ PATIENCE_S = 20  # for a busy machine; what is waited for takes a fraction of a 
 
 DRAWN = """return [...document.querySelectorAll('.chart')].filter(d => d.offsetParent !== null)
   .filter(d => !d.querySelector('svg.main-svg')).map(d => d.id)"""
-CUT = """return [...document.querySelectorAll('h1, h2, h3, p, select, button, .card, .control, figcaption, .chart, .facts dd')]
+CUT = """return [...document.querySelectorAll('h1, h2, h3, p, select, button, .card, .control, figcaption, .chart, dd')]
   .filter(e => e.offsetParent !== null && e.id !== 'tip')
   .filter(e => e.scrollWidth > e.clientWidth + 2 && getComputedStyle(e).display !== 'inline' ||
     e.getBoundingClientRect().right > document.documentElement.clientWidth + 1)
