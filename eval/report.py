@@ -37,8 +37,8 @@ LEVELS = {
 def render(documents: Sequence[Mapping[str, Any]]) -> str:
     """The page of one evaluation document, or of several with their comparison on top.
 
-    The page holds its data, its style, its scripts and plotly, and loads nothing; it is below 8 MB, if need be by leaving
-    out samples and tables, which it says. The same documents give the same bytes.
+    The page holds its data, its style, its scripts and plotly, and loads nothing; it is below 8 MB, if need be by
+    leaving out samples and tables, which it says. The same documents give the same bytes.
 
     Raises:
         ConfigError: when there is no document, or plotly or jinja2 is not installed.

@@ -1,4 +1,4 @@
-"""What a report writes out as tables and words: labels of sites and experts, rows of tables, and which sections exist."""
+"""What a report writes out as tables and words: labels, rows of tables, and which sections exist."""
 
 from __future__ import annotations
 
@@ -133,7 +133,9 @@ def _row(label: str, documents: Sequence[Document], value: Any, form: str, sign:
     cells = ["not measured" if v is None else form.format(v) for v in values]
     numbers = [sign * v for v in values if v is not None]
     differ = sign != 0 and len({c for c in cells if c != "not measured"}) > 1
-    best = [i for i, v in enumerate(values) if differ and v is not None and cells[i] == form.format(max(numbers) * sign)]
+    best = [
+        i for i, v in enumerate(values) if differ and v is not None and cells[i] == form.format(max(numbers) * sign)
+    ]
     return {"label": label, "cells": cells, "best": best, "values": [v is not None for v in values]}
 
 

@@ -1,4 +1,4 @@
-"""Evaluation documents for the tests of the report: routing recorded from tiny models, the other sections made by hand."""
+"""Evaluation documents for the tests of the report: routing of tiny models, the other sections by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tests import tiny
 HOSTILE = "<script>alert('1')</script> & \"quotes\" {{ 7 * 7 }}"
 DOMAINS = ("code", HOSTILE, "ישראל 🙂")
 TOKENS = ("the", " of", "\n", " ", "    ", "\t", "\ufffd", "</script>", "<b>bold</b>", '"', "'", "&amp;", "שלום", "🙂",
-          "\u202e", "", " def", "():", " return", " x", "1", "2", "=", " +", ".", ",", " long" * 6, "%{x}", "$a$", "\\")  # fmt: skip
+          "\u202e", "", " def", "():", " return", " x", "1", "2", "=", " +", ".", ",", " long" * 6,
+          "%{x}", "$a$", "\\")  # fmt: skip
 
 
 def token_texts() -> dict[str, str]:
@@ -82,13 +83,21 @@ def scores(seed: int, domains: tuple[str, ...] = DOMAINS) -> dict[str, Any]:
 
 def training(steps: int = 12) -> list[dict[str, float]]:
     log: list[dict[str, float]] = [
-        {"step": 10 * n, "epoch": n / 10, "loss": 3 / n + 1, "aux_loss": 1 + 0.5 / n, "learning_rate": 1e-3 * (1 - n / 20)}
+        {
+            "step": 10 * n,
+            "epoch": n / 10,
+            "loss": 3 / n + 1,
+            "aux_loss": 1 + 0.5 / n,
+            "learning_rate": 1e-3 * (1 - n / 20),
+        }
         for n in range(1, steps + 1)
     ]
     return [*log, {"step": 10 * steps, "train_runtime": 12.5, "loss": float("nan")}]
 
 
-def document(recipe: str, root: Path, name: str = "", base: str = "llama", seed: int = 0, samples: int = 4) -> dict[str, Any]:
+def document(
+    recipe: str, root: Path, name: str = "", base: str = "llama", seed: int = 0, samples: int = 4
+) -> dict[str, Any]:
     """A whole document: the routing and the experts are those of an armed tiny model on random texts."""
     model = tiny.converted(recipe, base, root)
     tiny.arm(model, seed=seed + 1)
@@ -152,8 +161,8 @@ def largest() -> dict[str, Any]:
         "documents_pooled": False, "load": {d: table(M, E) for d in domains}, "tokens": [10**6] * M,
         "load_of_all": table(M, E), "importance": table(M, E), "dead": [[]] * M, **{key: by_site() for key in keys},
         "coactivation": [table(E, E) for _ in range(M)],
-        "specialisation": {"nmi": 0.1, "nmi_per_site": by_site(), "chance": 0.01, "p_value": 0.001, "permutations": 1000,
-                           "above_chance": 0.09, "interval": [0.08, 0.1], "resamples": 500},
+        "specialisation": {"nmi": 0.1, "nmi_per_site": by_site(), "chance": 0.01, "p_value": 0.001,
+                           "permutations": 1000, "above_chance": 0.09, "interval": [0.08, 0.1], "resamples": 500},
         "divergence": [table(G, G) for _ in range(M)],
         "lift": {d: {key: table(M, E, 4) for key in ("value", "low", "high")} for d in domains},
         "transitions": [{"from": m, "to": m + 7, "share": table(E, E)} for m in range(M - 7)],

@@ -18,7 +18,7 @@ const reference = (name, x, y) => ({
 // Lines over layers with the legend above the plot.
 function linesLayout(x, title, range) {
   return {
-    height: 300, showlegend: true, margin: { l: 48, r: 16, t: 64, b: 44 },
+    height: 320, showlegend: true, margin: { l: 48, r: 16, t: 84, b: 44 },
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom", font: { size: 11 } },
     xaxis: { title: { text: "layer" }, ...(x.every((v) => typeof v === "number") ? { tickformat: "d" } : { type: "category" }),
       ...(x.length <= 12 ? { tickvals: x } : {}), showgrid: false, zeroline: false },

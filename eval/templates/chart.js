@@ -107,7 +107,7 @@ function heatmap(rows, columns, cells, { scale, bar, titles = ["", ""], written 
     layout: {
       height, margin: { l: 48, r: 16, t: 76, b: 48 }, plot_bgcolor: css("--missing"),
       xaxis: {
-        title: { text: titles[0] }, showgrid: false, zeroline: false, range: [-0.5, columns.length - 0.5],
+        title: { text: titles[0], standoff: 26 }, showgrid: false, zeroline: false, range: [-0.5, columns.length - 0.5],
         ...(few ? { tickvals: columns.map((_, i) => i), ticktext: columns.map((c) => plain(c, 18)) }
           : { tick0: 0, dtick: columns.length > 64 ? 16 : 8 }),
       },

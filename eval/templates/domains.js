@@ -14,7 +14,7 @@ function specialisationSection(run) {
     const rows = Math.ceil((kinds.length + 1) / 3);
     return {
       data: [...lines, reference("chance, mean over routers", x, x.map(() => found.chance))],
-      layout: { ...layout, height: 300 + 18 * rows, margin: { ...layout.margin, t: 46 + 18 * rows } },
+      layout: { ...layout, height: 300 + 18 * rows, margin: { ...layout.margin, t: 66 + 18 * rows } },
       label: `Information about the domain by layer. ${says("It is", found.nmi_per_site, 4)} By chance ${fixed(found.chance, 4)}.`,
     };
   });
