@@ -6,11 +6,13 @@ Needs selenium and chromium with its driver. The window is as wide as a README i
 from __future__ import annotations
 
 import io
+import shutil
 import sys
 from pathlib import Path
 
 from PIL import Image
 from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
 
 WIDTH, HEIGHT = 1280, 1500
 
@@ -20,7 +22,7 @@ def main(page: str, out: str) -> None:
     options = webdriver.ChromeOptions()
     for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", f"--window-size={WIDTH},{HEIGHT}"):
         options.add_argument(flag)
-    with webdriver.Chrome(options=options) as driver:
+    with webdriver.Chrome(options, Service(shutil.which("chromedriver"))) as driver:
         driver.set_page_load_timeout(60)
         driver.get(Path(page).resolve().as_uri())
         driver.implicitly_wait(30)
