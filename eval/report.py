@@ -121,7 +121,7 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     experts = sorted({s["experts"] for s in routing.get("sites", ())})
     facts = [
         ("Recipe", provenance.get("recipe")),
-        ("Base model", base.get("name")),
+        ("Base model", str(base.get("name") or "").rstrip("/").rpartition("/")[2]),
         ("Its class", base.get("class")),
         ("Domains", ", ".join(data) or ", ".join(routing.get("domains", ()))),
         ("Documents", f"{sum(d.get('documents', 0) for d in data.values()):,}" if data else None),

@@ -42,7 +42,7 @@ function ablationSection(run) {
   if (part(run, "gates")) {
     chart(part(run, "gates"), () => ({
       ...dots(gates.map((g) => g.name), domains.map((d) => ({ name: d, found: gates.map((g) => g.delta[d]) })),
-        { title: "change of the loss (nats per token); above 0 it hurts", zero: true }),
+        { title: "change of loss (nats per token)", zero: true }),
       label: `Change of the loss with other gates. ${gates.map((g) => `${g.name}: ` +
         domains.filter((d) => g.delta[d]).map((d) => `${d} ${signed(g.delta[d].value)}`).join(", ")).join("; ")}.`,
     }));
@@ -66,7 +66,7 @@ function damage(rows, domains) {
     })),
   }, {
     scale: { zmin: -most, zmax: most, colorscale: DIVERGING },
-    bar: colourBar("change of the loss; above 0 it hurts", { nticks: 5 }),
+    bar: colourBar("change of the loss", { nticks: 5 }),
     written: rows.map((r) => domains.map((d) => (r.delta[d] ? `${r.worst === d ? "◆ " : ""}${signed(r.delta[d].value)}` : ""))),
     titles: ["domain", ""],
   });
@@ -96,7 +96,7 @@ function trainingSection(run) {
         data: [{ ...line(key, x, y, 0, 4), hovertemplate: `step %{x}<br>${plain(key)} %{y:.4~g}<extra></extra>`,
           ...(x.length > 60 ? { mode: "lines" } : {}) }, ...balanced],
         layout: { height: 250, xaxis: { title: { text: "step" }, showgrid: false, zeroline: false },
-          yaxis: { title: { text: plain(key, 24) }, nticks: 6 } },
+          yaxis: { nticks: 6 } },
         label: `${key} by step: ${y[0].toPrecision(4)} at step ${x[0]}, ${y.at(-1).toPrecision(4)} at step ${x.at(-1)}.`,
       };
     });
