@@ -24,10 +24,7 @@ __all__ = ["MixtureLinear", "Owner", "RoutedModule", "SavedModule"]
 
 
 class Owner:
-    """Identity of one mixture: its sites and its model's forward hold the same one, also after deepcopy and pickle.
-
-    ``off``: the mixture computes nothing in any thread until it is False again (``context.switched_off``: one thread).
-    """
+    """Identity of one mixture, held by its sites and its model's forward; ``off``: it computes nothing, in any thread."""
 
     off = False
 
