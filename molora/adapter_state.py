@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from molora.errors import AdapterError
 from molora.install import HEAD, sites_of
-from molora.layers import MixtureLinear, SavedModule
+from molora.layers import MixtureLinear, RoutedModule, SavedModule
 
 __all__ = ["merge_expert", "saved_tensors"]
+
+PARTS = ("bank", "router", "trained")  # children of a wrapper that are saved
 
 
 def merge_expert(m: MixtureLinear) -> None:
@@ -20,8 +22,8 @@ def merge_expert(m: MixtureLinear) -> None:
     Raises:
         AdapterError: for a base that is no plain float linear, or an expert with NaN or infinite values.
     """
-    weight, bank = getattr(m.base_layer, "weight", None), m.bank
-    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or bank is None:
+    weight, bank = m.base_layer._parameters.get("weight"), m.bank
+    if type(weight) is not nn.Parameter or not weight.is_floating_point() or bank is None:
         raise AdapterError(
             f"{m.site.path}: cannot merge into a {type(m.base_layer).__name__}; only plain float linears"
         )
@@ -36,12 +38,11 @@ def merge_expert(m: MixtureLinear) -> None:
 
 def saved_tensors(model: nn.Module, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """What an adapter folder holds, by canonical name: banks, routers with their biases, the head, trained copies."""
-    state = model.state_dict() if state_dict is None else state_dict
+    state = _own_state(model) if state_dict is None else state_dict
     out: dict[str, Tensor] = {}
     places = [(now, path) for now, (path, _) in sites_of(model).items()]
     places += [(now, now) for now, m in model.named_modules() if isinstance(m, SavedModule)]
-    parts = ("bank", "router", "trained")
-    wanted = [(f"{now}.{part}.", f"{path}.{part}.") for now, path in places for part in parts]
+    wanted = [(f"{now}.{part}.", f"{path}.{part}.") for now, path in places for part in PARTS]
     wanted.append((f"{HEAD}.", f"{HEAD}."))
     prefixes = dict(wanted)
     for key, tensor in state.items():
@@ -50,6 +51,18 @@ def saved_tensors(model: nn.Module, state_dict: dict[str, Tensor] | None = None)
                 out[prefixes[now] + key[len(now) :]] = tensor
                 break
     return out
+
+
+def _own_state(model: nn.Module) -> dict[str, Tensor]:
+    """The part of ``model.state_dict()`` that is not the base's: to ask a quantised or offloaded base would read it."""
+    state: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        for part in PARTS if isinstance(module, RoutedModule | SavedModule) else ():
+            child = getattr(module, part, None)
+            if isinstance(child, nn.Module):
+                state |= child.state_dict(prefix=f"{path}.{part}.")
+    head = getattr(model, HEAD, None)
+    return state if head is None else state | head.state_dict(prefix=f"{HEAD}.")
 
 
 def _prefixes(key: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from molora.config import MoloraConfig
 from molora.errors import AdapterError, ConfigError, nearest
-from molora.install import Built, build, check_tables, generator, install
+from molora.install import Built, build, check_forward, check_tables, generator, install
 from molora.interop.peft_lora import LoraAdapter, align, read_peft_lora
 from molora.layers import MixtureLinear
 from molora.model import MixtureModel, adopt
@@ -77,6 +77,7 @@ def _check(model: nn.Module, config: MoloraConfig) -> None:
             f"convert: this model already carries the recipe {model._molora.config.recipe!r}; call model.unload() first"
         )
     check_tables(config)
+    check_forward(model)
 
 
 def aligned(model: nn.Module, name: str, folder: str, *, allow_pickle: bool = False) -> LoraAdapter:

@@ -19,7 +19,7 @@ from molora.layers import MixtureLinear, Owner, RoutedModule, SavedModule
 from molora.routers import BALANCES, ROUTERS, BiasedRouter, HiddenRouter
 from molora.site import SiteConfig
 
-__all__ = ["HEAD", "Built", "Mixture", "build", "check_tables", "install", "sites_of", "uninstall"]
+__all__ = ["HEAD", "Built", "Mixture", "build", "check_forward", "check_tables", "install", "sites_of", "uninstall"]
 
 HEAD = "molora_router"  # attribute of the model that holds a model-wide router
 HALF = (torch.float16, torch.bfloat16)
@@ -163,17 +163,22 @@ def _places(model: nn.Module) -> dict[int, list[str]]:
     return places
 
 
-def install(model: nn.Module, built: Built) -> Mixture:
-    """Swap the wrappers in and freeze the base. On any failure the model is put back as it was.
-
-    Raises:
-        TargetError: for a model whose ``forward`` was replaced on the instance: ours would never run.
-    """
+def check_forward(model: nn.Module) -> None:
+    """TargetError for a model whose ``forward`` was replaced on the instance: ours would never run."""
     if "forward" in vars(model):
         raise TargetError(
             f"forward is replaced on this {type(model).__name__} (a device map with hooks, or a patch), so what the "
             "mixture does around it would be skipped; convert or load first, then dispatch or patch"
         )
+
+
+def install(model: nn.Module, built: Built) -> Mixture:
+    """Swap the wrappers in and freeze the base. On any failure the model is put back as it was.
+
+    Raises:
+        TargetError: for a model whose ``forward`` was replaced on the instance.
+    """
+    check_forward(model)
     trainable = tuple(n for n, p in model.named_parameters() if p.requires_grad)
     frozen = [p for p in model.parameters() if p.requires_grad]
     places = _places(model)
