@@ -78,7 +78,7 @@ def _halves(cache: Any) -> tuple[list[Any], list[Any]]:
     real, scaling = list(cache.layers[:mark]), list(cache.layers[mark:])
     if _tokens(real) != _tokens(scaling):
         raise ConfigError(
-            f"past_key_values: its two halves hold {[_tokens(real), _tokens(scaling)]} tokens (a forward was cut off, "
+            f"past_key_values: its two halves hold {sorted((_tokens(real), _tokens(scaling)))} tokens (a forward was cut off, "
             "or ran with the adapter off); start from an empty cache"
         )
     return real, scaling

@@ -112,7 +112,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "jamba": Family("Jamba (Mamba, attention, MoE)", _jamba),
     "rwkv": Family(
-        "RWKV", lambda: tf.RwkvForCausalLM(tf.RwkvConfig(**STATE, attention_hidden_size=32)), cached=False
+        "RWKV", lambda: tf.RwkvForCausalLM(tf.RwkvConfig(**STATE, attention_hidden_size=32)), cached=False, note="state"
     ),
     "t5": _tiny("t5", "T5"),
     "t5_gated": _tiny("t5_gated", "T5 v1.1 (gated)"),
@@ -130,13 +130,12 @@ def _wide() -> Any:
     return tf.LlamaForCausalLM(tf.LlamaConfig(**{**GQA, "hidden_size": 64, "intermediate_size": 128}))
 
 
-# The GGUF layer of transformers takes up to 8 tokens on a GPU only.
 FAMILIES |= {
     name: Family(
         f"Llama, {q.title}",
         functools.partial(quantise, _wide, name),
         cached=name != "gguf",
-        note="optional" if q.package in OPTIONAL else "",
+        note="optional" if q.package in OPTIONAL else "blocks" if name == "gguf" else "",
     )
     for name, q in QUANTISED.items()
 }

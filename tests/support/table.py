@@ -40,6 +40,8 @@ NOTES = {
     "latent": 'with `exclude_modules=["kv_b_proj"]`, which runs on the whole cache at every step, past the gates',
     "fused": "with PyTorch's own scan; in training, the kernels of `mamba-ssm` read `x_proj` and `out_proj` past their "
     "experts",
+    "state": "without a comparison of generation: with its recurrent state, the base itself says something else",
+    "blocks": "without a comparison of generation: transformers' layer takes 8 tokens or fewer on a GPU only",
     "optional": "tested where the package is installed, which `make test` does not do",
 }
 NUMBERS = {key: i for i, key in enumerate(NOTES, 1)}
