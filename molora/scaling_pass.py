@@ -76,10 +76,11 @@ def _halves(cache: Any) -> tuple[list[Any], list[Any]]:
             )
         return list(cache.layers), copy.deepcopy(list(cache.layers))
     real, scaling = list(cache.layers[:mark]), list(cache.layers[mark:])
-    if _tokens(real) != _tokens(scaling):
+    lengths = sorted({_tokens(real), _tokens(scaling)})
+    if len(lengths) > 1:
         raise ConfigError(
-            f"past_key_values: its two halves hold {sorted((_tokens(real), _tokens(scaling)))} tokens (a forward was cut off, "
-            "or ran with the adapter off); start from an empty cache"
+            f"past_key_values: its two halves hold {lengths} tokens (a forward was cut off, or ran with the adapter "
+            "off); start from an empty cache"
         )
     return real, scaling
 
