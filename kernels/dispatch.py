@@ -45,7 +45,7 @@ class Call(NamedTuple):
     def of(cls, x: Tensor, routing: Routing | None, layout: Layout) -> Call:
         """The call that sends ``x`` through a bank; the dtype is autocast's where that is on."""
         device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        dtype = torch.get_autocast_dtype(device) if autocast_on(x) else x.dtype
         choices = 0 if routing is None or routing.ids is None else routing.ids.shape[1]
         sizes = (len(layout.ranks), choices, max(layout.ranks, default=0), x.shape[0])
         return cls(layout.expert_R.shape[0], device, dtype, *sizes, torch.is_grad_enabled())

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from molora.errors import AdapterError
 from molora.install import HEAD, sites_of, wrappers_of
-from molora.layers import MixtureLinear, SavedModule
+from molora.layers import MixtureLinear, RoutedModule, SavedModule
 
 __all__ = ["merge_expert", "saved_tensors"]
 
+PARTS = ("bank", "router", "trained")  # children of a wrapper that are saved
 T = TypeVar("T")
 
 
@@ -23,8 +24,8 @@ def merge_expert(m: MixtureLinear) -> None:
     Raises:
         AdapterError: for a base that is no plain float linear, or an expert with NaN or infinite values.
     """
-    weight, bank = getattr(m.base_layer, "weight", None), m.bank
-    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or bank is None:
+    weight, bank = m.base_layer._parameters.get("weight"), m.bank
+    if type(weight) is not nn.Parameter or not weight.is_floating_point() or bank is None:
         raise AdapterError(
             f"{m.site.path}: cannot merge into a {type(m.base_layer).__name__}; only plain float linears"
         )
@@ -42,12 +43,11 @@ def saved_tensors(model: nn.Module, state_dict: Mapping[str, T] | None = None) -
 
     ``state_dict``: what to take by the names of ``model.state_dict()``; the model's own without it.
     """
-    state: Mapping[str, T] = model.state_dict() if state_dict is None else state_dict
+    state: Mapping[str, Any] = _own_state(model) if state_dict is None else state_dict
     out: dict[str, T] = {}
     places = [(now, path) for now, (path, _) in sites_of(model).items()]
     places += [(now, m.path) for now, m in wrappers_of(model).items() if isinstance(m, SavedModule)]
-    parts = ("bank", "router", "trained")
-    wanted = [(f"{now}.{part}.", f"{path}.{part}.") for now, path in places for part in parts]
+    wanted = [(f"{now}.{part}.", f"{path}.{part}.") for now, path in places for part in PARTS]
     wanted.append((f"{HEAD}.", f"{HEAD}."))
     prefixes = dict(wanted)
     for key, tensor in state.items():
@@ -56,6 +56,18 @@ def saved_tensors(model: nn.Module, state_dict: Mapping[str, T] | None = None) -
                 out[prefixes[now] + key[len(now) :]] = tensor
                 break
     return out
+
+
+def _own_state(model: nn.Module) -> dict[str, Tensor]:
+    """The part of ``model.state_dict()`` that is not the base's: to ask a quantised or offloaded base would read it."""
+    state: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        for part in PARTS if isinstance(module, RoutedModule | SavedModule) else ():
+            child = getattr(module, part, None)
+            if isinstance(child, nn.Module):
+                state |= child.state_dict(prefix=f"{path}.{part}.")
+    head = getattr(model, HEAD, None)
+    return state if head is None else state | head.state_dict(prefix=f"{HEAD}.")
 
 
 def _prefixes(key: str) -> Iterator[str]:

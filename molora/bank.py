@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,9 +71,15 @@ class ExpertBank(nn.Module):
         return made
 
     def packed(self) -> tuple[Tensor, Tensor, Layout]:
-        """A (R, in), B (out, R) and the layout."""
+        """A (R, in), B (out, R) and the layout; of a bank that was offloaded, as they are while it is called."""
         parameters: Any = self._parameters  # a look-up through the module costs as much as a gate of one token
+        if parameters["lora_A"].is_meta:
+            return cast(tuple[Tensor, Tensor, Layout], self())
         return parameters["lora_A"], parameters["lora_B"], self.layout
+
+    def forward(self) -> tuple[Tensor, Tensor, Layout]:
+        """The same, between the hooks that bring offloaded parameters and take them away."""
+        return self.lora_A, self.lora_B, self.layout
 
     @property
     def in_pieces(self) -> bool:

@@ -11,7 +11,7 @@ from torch import nn
 
 from molora.config import MoloraConfig
 from molora.errors import AdapterError, ConfigError, nearest
-from molora.install import Built, build, check_tables, generator, install
+from molora.install import Built, build, check_forward, check_tables, generator, install
 from molora.interop.initialisers import start_experts
 from molora.interop.peft_lora import LoraAdapter, read_peft_lora, renaming
 from molora.layers import MixtureLinear
@@ -85,6 +85,7 @@ def _check(model: nn.Module, config: MoloraConfig) -> None:
             f"convert: this model already carries the recipe {model._molora.config.recipe!r}; call model.unload() first"
         )
     check_tables(config)
+    check_forward(model)
 
 
 def aligned(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from molora import context
 from molora.config import Placement
+from molora.errors import MoloraError
 from molora.kernels.dispatch import Unit, add_ranks, contract_slots, expand_slots, unit_for
 from molora.kernels.reference import mix_slots
 from molora.layers import MixtureLinear, Owner, RoutedModule
@@ -48,7 +49,8 @@ class FFNUp(MixtureLinear):
         if bank is None:
             return base.unsqueeze(-2).expand(*base.shape[:-1], K, -1)
         dropped_TD = self.dropped(x_TD)
-        y_TKF = expand_slots(self.kernel, base_TF, dropped_TD, bank.lora_A, bank.lora_B, routing, bank.layout)
+        A_RD, B_FR, layout = bank.packed()
+        y_TKF = expand_slots(self.kernel, base_TF, dropped_TD, A_RD, B_FR, routing, layout)
         return y_TKF.view(*base.shape[:-1], K, base.shape[-1])
 
     def _unit(self, x_TD: Tensor) -> Unit | None:
@@ -86,22 +88,26 @@ class FFNDown(MixtureLinear):
         y_TD = self._base_of_mixed(mix_slots(h_TKF, weights_TK), tokens, weights_TK)
         if self.bank is None:
             return y_TD
-        experts = (self.bank.lora_A, self.bank.lora_B, routing, self.bank.layout)
+        A_RF, B_DR, layout = self.bank.packed()
+        experts = A_RF, B_DR, routing, layout
         return contract_slots(self.kernel, self.base_layer, y_TD, self.dropped(h_TKF), experts)
 
     def _from_unit(self, unit: Unit, tokens: torch.Size, routing: Routing) -> Tensor:
-        bank = self.bank
-        A_RF, layout = (None, None) if bank is None else (bank.lora_A, bank.layout)
+        A_RF, B_DR, layout = (None, None, None) if self.bank is None else self.bank.packed()
         mixed_TF, h_TR = unit.mix(A_RF, layout, routing, self.site.act)
         y_TD = self._base_of_mixed(mixed_TF, tokens, routing.weights)
-        if bank is None or h_TR is None:
+        if B_DR is None or h_TR is None:
             return y_TD
-        return add_ranks(self.base_layer, mixed_TF, y_TD, h_TR, bank.lora_B)
+        return add_ranks(self.base_layer, mixed_TF, y_TD, h_TR, B_DR)
 
     def _base_of_mixed(self, mixed_TF: Tensor, tokens: torch.Size, weights_TK: Tensor) -> Tensor:
         y = self.base(mixed_TF.view(*tokens, mixed_TF.shape[-1]))
         y_TD = y.reshape(-1, y.shape[-1])
         if self.bias is not None and not self._sums_to_one():
+            if self.bias.is_meta and not y.is_meta:
+                raise MoloraError(
+                    f"{self.site.path}: its bias is offloaded and is needed here; keep this module in place"
+                )
             y_TD = y_TD + (weights_TK.to(y_TD.dtype).sum(1, keepdim=True) - 1) * self.bias
         return y_TD
 

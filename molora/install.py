@@ -19,7 +19,8 @@ from molora.layers import MixtureLinear, Owner, RoutedModule, SavedModule
 from molora.routers import BALANCES, ROUTERS, BiasedRouter, HiddenRouter
 from molora.site import SiteConfig
 
-__all__ = ["HEAD", "Built", "Mixture", "build", "check_tables", "install", "sites_of", "uninstall", "wrappers_of"]
+__all__ = ["HEAD", "Built", "Mixture", "build", "check_forward", "check_tables", "install", "sites_of"]
+__all__ += ["uninstall", "wrappers_of"]
 
 HEAD = "molora_router"  # attribute of the model that holds a model-wide router
 HALF = (torch.float16, torch.bfloat16)
@@ -153,8 +154,7 @@ def _saved_paths(model: nn.Module, config: MoloraConfig, sites: tuple[SiteConfig
 
 
 def _swap(model: nn.Module, path: str, new: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, new)
+    setattr(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], new)
 
 
 def _places(model: nn.Module) -> dict[int, list[str]]:
@@ -165,19 +165,22 @@ def _places(model: nn.Module) -> dict[int, list[str]]:
     return places
 
 
-def install(model: nn.Module, built: Built, again: bool = False) -> Mixture:
-    """Swap the wrappers in and freeze the base. On any failure the model is put back as it was.
-
-    ``again``: the model was a mixture's before, so that a ``forward`` replaced on it since calls ours.
-
-    Raises:
-        TargetError: for a model whose ``forward`` was replaced on the instance: ours would never run.
-    """
-    if "forward" in vars(model) and not again:
+def check_forward(model: nn.Module) -> None:
+    """TargetError for a model whose ``forward`` was replaced on the instance: ours would never run."""
+    if "forward" in vars(model):
         raise TargetError(
             f"forward is replaced on this {type(model).__name__} (a device map with hooks, or a patch), so what the "
             "mixture does around it would be skipped; convert or load first, then dispatch or patch"
         )
+
+
+def install(model: nn.Module, built: Built, again: bool = False) -> Mixture:
+    """Swap the wrappers in and freeze the base. On any failure the model is put back as it was.
+
+    TargetError for a model whose ``forward`` was replaced on the instance, unless ``again``: it was a mixture's before.
+    """
+    if not again:
+        check_forward(model)
     trainable = tuple(n for n, p in model.named_parameters() if p.requires_grad)
     frozen = [p for p in model.parameters() if p.requires_grad]
     places = _places(model)

@@ -24,7 +24,7 @@ __all__ = ["MixtureLinear", "Owner", "RoutedModule", "SavedModule"]
 
 
 class Owner:
-    """Identity of one mixture, held by its sites and its model's forward; ``off``: it computes nothing, in any thread."""
+    """Identity of one mixture, held by its sites and its model. ``off``: it computes nothing, in any thread."""
 
     off = False
 

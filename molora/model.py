@@ -23,7 +23,7 @@ from molora.install import HEAD, Mixture, sites_of, uninstall
 from molora.interop.peft_lora import write_peft_lora
 from molora.layers import MixtureLinear
 from molora.model_card import model_card
-from molora.scaling_pass import join_new_caches, paired_cache, scaling_pass
+from molora.scaling_pass import cache_among, join_new_caches, paired_cache, scaling_pass
 
 __all__ = ["MixtureModel", "adopt", "mixture_class"]
 
@@ -224,14 +224,14 @@ def _run(
 def _two_passes(
     model: Any, inner: Callable[..., Any], head: Any, arguments: dict[str, Any], frame: context.Frame
 ) -> Any:
-    cache = arguments.get("past_key_values")
+    cache = cache_among(arguments.values()) or arguments.get("past_key_values")
     with paired_cache(cache) as (show_scaling, show_real):
         show_scaling()
         frame.gates, made = scaling_pass(model, inner, head, arguments, frame)
         show_real()
         outputs = inner(model, **arguments)
     if cache is None:
-        join_new_caches(getattr(outputs, "past_key_values", None), made)
+        join_new_caches(cache_among(outputs.values() if isinstance(outputs, dict) else outputs), made)
     return outputs
 
 

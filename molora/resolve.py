@@ -16,7 +16,7 @@ from molora.interop.peft_lora import LoraAdapter
 from molora.site import SiteConfig
 from molora.strict import PerLayer
 from molora.structure import FFNBlock, ffn_blocks
-from molora.targets import Candidate, candidates, ends_with, refuse, targeted
+from molora.targets import FUSED, Candidate, candidates, ends_with, fused_experts, refuse, targeted
 from molora.trace import Trace, trace
 
 __all__ = ["resolve"]
@@ -100,6 +100,7 @@ class _Resolver:
             raise TargetError(
                 f"recipe {self.config.recipe!r} needs a feed-forward block, and none of the targeted modules is in one "
                 f"(up-side linears, an elementwise middle, a down linear): {', '.join(sorted(_last(targets)))}"
+                + (f"; {FUSED}" if fused_experts(self.model) else "")
             )
         return blocks
 
@@ -186,12 +187,17 @@ def resolve(model: nn.Module, config: MoloraConfig, adapters: Mapping[str, LoraA
     """
     found = candidates(model)
     modules = {name: a.modules for name, a in adapters.items()}
-    if any(p.router.scope == "model" for p in config.placements) and _encoder_decoder(model):
+    record, why = _try_trace(model)
+    read = set() if record is None else record.read()
+    targets = _imported(model, config, modules, found, read) if modules else targeted(model, config, found, read=read)
+    masks = {} if record is None else record.masks(_encoder_decoder(model))
+    if any(p.router.scope == "model" for p in config.placements) and (
+        _encoder_decoder(model) or len({masks[t] for t in targets if t in masks}) > 1
+    ):
         raise TargetError(
-            f"recipe {config.recipe!r} on {type(model).__name__}: a model-wide router needs one stream of tokens, an "
-            "encoder-decoder has two; use a recipe with a router per module"
+            f"recipe {config.recipe!r} on {type(model).__name__}: a model-wide router needs one stream of tokens, and "
+            "there are two (encoder and decoder, or text and image); use a recipe with a router per module"
         )
-    targets = _imported(model, config, modules, found) if modules else targeted(model, config, found)
     for option, pairs in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for name, _ in pairs:
             if not any(ends_with(t, name) for t in targets):
@@ -199,7 +205,6 @@ def resolve(model: nn.Module, config: MoloraConfig, adapters: Mapping[str, LoraA
                 raise TargetError(
                     f"{option}: no adapted linear is named {name!r}{nearest(name, ends)} There are: {', '.join(ends)}"
                 )
-    record, why = _try_trace(model)
     return tuple(_Resolver(model, config, found, modules, record, why).resolve(targets))
 
 
@@ -216,11 +221,13 @@ def _imported(
     config: MoloraConfig,
     modules: Mapping[str, Mapping[str, tuple[object, object, float]]],
     found: Mapping[str, Candidate],
+    read: set[str],
 ) -> list[str]:
     """Union of the adapters' modules, cut to ``target_modules`` where that was given."""
     union = {path for m in modules.values() for path in m}
+    union = {path for path in union if not any(ends_with(path, e) for e in config.exclude_modules)}
     for path in sorted(union):
-        refuse(model, path)
+        refuse(model, path, read)
     if len(modules) > 1 and not any(sum(path in m for m in modules.values()) > 1 for path in union):
         raise AdapterError(f"adapters {list(modules)}: no module is adapted by two of them, so there is nothing to mix")
-    return targeted(model, config, found, among=union)
+    return targeted(model, config, found, union, read)

@@ -27,7 +27,7 @@ def as_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 def autocast_on(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x``."""
-    return torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+    return not x.is_meta and torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
 
 
 class Routing:

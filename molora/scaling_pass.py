@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from molora import context
 from molora.context import Frame
@@ -24,9 +25,14 @@ from molora.errors import ConfigError
 from molora.routers import HiddenRouter
 from molora.routing import Routing
 
-__all__ = ["join_new_caches", "paired_cache", "scaling_pass"]
+__all__ = ["cache_among", "join_new_caches", "paired_cache", "scaling_pass"]
 
 MARK = "_molora_real_layers"
+
+
+def cache_among(values: Iterable[Any]) -> Any:
+    """The cache among a call's arguments or results, whatever it is called there; None without one."""
+    return next((v for v in values if isinstance(v, Cache)), None)
 
 
 @contextlib.contextmanager
@@ -62,21 +68,26 @@ def _halves(cache: Any) -> tuple[list[Any], list[Any]]:
         )
     mark = getattr(cache, MARK, None)
     if mark is None:
-        length = cache.get_seq_length() if cache.layers else 0
-        if int(length) > 0:
+        if _tokens(cache.layers) or any(any(getattr(x, "has_previous_state", {}).values()) for x in cache.layers):
             raise ConfigError(
-                f"past_key_values: got a cache with {int(length)} tokens that another model or the base filled; the "
-                "scaling pass has no keys for them. Start from an empty cache, or from one that this model returned"
+                f"past_key_values: got a cache with {_tokens(cache.layers) or 'some'} tokens that another model or the "
+                "base filled; the scaling pass has no keys for them. Start from an empty cache, or from one that this "
+                "model returned"
             )
         return list(cache.layers), copy.deepcopy(list(cache.layers))
     real, scaling = list(cache.layers[:mark]), list(cache.layers[mark:])
-    lengths = {int(layer.get_seq_length()) for layer in (*real[:1], *scaling[:1]) if hasattr(layer, "get_seq_length")}
+    lengths = sorted({_tokens(real), _tokens(scaling)})
     if len(lengths) > 1:
         raise ConfigError(
-            f"past_key_values: its two halves hold {sorted(lengths)} tokens (a forward was cut off, or ran with the "
-            "adapter off); start from an empty cache"
+            f"past_key_values: its two halves hold {lengths} tokens (a forward was cut off, or ran with the adapter "
+            "off); start from an empty cache"
         )
     return real, scaling
+
+
+def _tokens(layers: list[Any]) -> int:
+    """Tokens that attention has kept; a recurrent layer does not count them."""
+    return next((int(x.get_seq_length()) for x in layers if hasattr(x, "get_seq_length")), 0)
 
 
 def join_new_caches(real: Any, scaling: Any) -> None:
@@ -110,8 +121,19 @@ def scaling_pass(
         context.use(replace(frame, gates=None, pass_value=head.config.scaling_pass_value, tape=None, editor=None)),
     ):
         out = call(**{**passed, "return_dict": True})
-    hidden_BSD: Tensor = out.last_hidden_state
-    return head.gates(hidden_BSD.detach()), getattr(out, "past_key_values", None)
+    states = [k for k in out if isinstance(arguments.get(k), list | tuple)]
+    if states:
+        raise ConfigError(
+            f"{states[0]}: got a recurrent state of the base's own kind, and the scaling pass would need a second one; "
+            "call the model without it (use_cache=False in generate)"
+        )
+    hidden_BSD: Tensor | None = getattr(out, "last_hidden_state", None)
+    if hidden_BSD is None:
+        raise ConfigError(
+            f"{type(backbone).__name__} returns {', '.join(out)}, and no last_hidden_state that a model-wide router "
+            "could read; use a recipe with a router per module"
+        )
+    return head.gates(hidden_BSD.detach()), cache_among(out.values())
 
 
 def _backbone(model: nn.Module, forward: Callable[..., Any]) -> tuple[nn.Module, Callable[..., Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 from torch import nn
@@ -12,7 +12,14 @@ from molora.config import MoloraConfig
 from molora.errors import ConfigError, TargetError, nearest
 from molora.trace import linear_shape
 
-__all__ = ["Candidate", "candidates", "ends_with", "layer_of", "refuse", "targeted"]
+__all__ = ["FUSED", "Candidate", "candidates", "ends_with", "fused_experts", "layer_of", "refuse", "targeted"]
+
+
+CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)  # their weight has three dimensions, as stacked experts have
+FUSED = (
+    "the base's own experts are fused into parameters of three dimensions, not linears, and stay as they are; its "
+    "attention, shared experts and dense blocks can be adapted"
+)
 
 
 @dataclass(frozen=True)
@@ -49,8 +56,12 @@ def _parent(model: nn.Module, path: str) -> nn.Module:
 
 
 def _chooses_experts(model: nn.Module, c: Candidate) -> bool:
-    """Whether a linear is the router of a mixture in the base itself: as many outputs as its siblings have experts."""
+    """Whether a linear gates a mixture in the base itself: as many outputs as its siblings have experts, or one."""
+    if c.shape[1] == 1:
+        return True
     for child in _parent(model, c.path).children():
+        if isinstance(child, CONVOLUTIONS):
+            continue
         stacked = (p.shape[0] for p in child.parameters(recurse=False) if p.ndim == 3)
         if c.shape[1] in {*stacked, *((len(child),) if isinstance(child, nn.ModuleList) else ())}:
             return True
@@ -81,20 +92,38 @@ def ends_with(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
-def refuse(model: nn.Module, path: str) -> None:
-    """TargetError for a module that was named but cannot be adapted."""
+def fused_experts(model: nn.Module) -> list[str]:
+    """Names of the parameters that hold the base's own experts, stacked in three dimensions."""
+    return [
+        f"{path}.{name}"
+        for path, module in model.named_modules()
+        if not isinstance(module, CONVOLUTIONS)
+        for name, p in module.named_parameters(recurse=False)
+        if p.ndim == 3 and p.shape[0] > 1
+    ]
+
+
+def refuse(model: nn.Module, path: str, read: Set[str]) -> None:
+    """TargetError for a module that was named but cannot be adapted; ``read`` as for :func:`targeted`."""
     module = model.get_submodule(path)
     kind = type(module).__name__
+    if path in read:
+        raise TargetError(
+            f"{path}: the model reads this {kind}'s weight and never calls it, so that experts on it would do nothing; "
+            "leave it out"
+        )
     if isinstance(_parent(model, path), nn.MultiheadAttention):
         raise TargetError(
             f"{path}: {kind} inside nn.MultiheadAttention, which reads its weight and never calls it; leave it out"
         )
+    if linear_shape(module) is None and fused_experts(module):
+        raise TargetError(f"{path}: got a {kind}; {FUSED}")
     if linear_shape(module) is None:
         raise TargetError(
             f"{path}: got a {kind}, expected a linear (something that maps the last dimension, with in_features and "
             "out_features); embeddings, convolutions and norms can be trained whole with modules_to_save"
         )
-    weight = getattr(module, "weight", None)
+    weight = module._parameters.get("weight")
     tied = [
         p for p, m in model.named_modules() if isinstance(m, nn.Embedding) and m.weight is weight and weight is not None
     ]
@@ -105,9 +134,16 @@ def refuse(model: nn.Module, path: str) -> None:
 
 
 def targeted(
-    model: nn.Module, config: MoloraConfig, found: Mapping[str, Candidate], among: set[str] | None = None
+    model: nn.Module,
+    config: MoloraConfig,
+    found: Mapping[str, Candidate],
+    among: set[str] | None = None,
+    read: Set[str] = frozenset(),
 ) -> list[str]:
-    """Paths of the targeted linears, in module order; of those ``among`` only, where that is given."""
+    """Paths of the targeted linears, in module order; of those ``among`` only, where that is given.
+
+    ``read``: linears whose weight the model reads without calling them; left out, or refused where they were named.
+    """
     wanted = config.target_modules
     if wanted == "all-linear" and among is not None:
         picked = [p for p in found if p in among]
@@ -118,11 +154,12 @@ def targeted(
             for c in found.values()
             if c.stack in stacks
             and c.layer >= 0
+            and c.path not in read
             and not _chooses_experts(model, c)
             and not isinstance(_parent(model, c.path), nn.MultiheadAttention)
         ]
     else:
-        picked = [p for p in _named(model, wanted, found) if among is None or p in among]
+        picked = [p for p in _named(model, wanted, found, read) if among is None or p in among]
     for name in config.exclude_modules:
         _matching(model, "exclude_modules", name, found)
     picked = [p for p in picked if not any(ends_with(p, e) for e in config.exclude_modules)]
@@ -149,6 +186,9 @@ def _endings(found: Mapping[str, Candidate]) -> list[str]:
 def _matching(model: nn.Module, option: str, name: str, found: Mapping[str, Candidate]) -> list[str]:
     """Paths that end with ``name``; TargetError with near misses when there are none."""
     hits = [p for p, _ in model.named_modules() if p and ends_with(p, name)]
+    fused = [] if hits else [p for p in fused_experts(model) if ends_with(p, name)]
+    if fused:
+        raise TargetError(f"{option}: got {name!r}, which is the parameter {fused[0]}; {FUSED}")
     if not hits:
         raise TargetError(
             f"{option}: no module is named {name!r}{nearest(name, _endings(found))} "
@@ -157,7 +197,9 @@ def _matching(model: nn.Module, option: str, name: str, found: Mapping[str, Cand
     return hits
 
 
-def _named(model: nn.Module, wanted: str | tuple[str, ...], found: Mapping[str, Candidate]) -> list[str]:
+def _named(
+    model: nn.Module, wanted: str | tuple[str, ...], found: Mapping[str, Candidate], read: Set[str]
+) -> list[str]:
     if isinstance(wanted, str):
         try:
             matched = {p for p in found if re.fullmatch(wanted, p)}
@@ -166,5 +208,5 @@ def _named(model: nn.Module, wanted: str | tuple[str, ...], found: Mapping[str, 
     else:
         matched = {p for name in wanted for p in _matching(model, "target_modules", name, found)}
     for path in sorted(matched):
-        refuse(model, path)
+        refuse(model, path, read)
     return [p for p in found if p in matched]

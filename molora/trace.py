@@ -47,6 +47,13 @@ class Trace:
 
     ops: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], list[Tensor]]] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
+    linears: list[_Shape] = field(default_factory=list)
+
+    def read(self) -> set[str]:
+        """Paths of linears whose weight went into an operation of the model's own, past their forward."""
+        weights = {id(m.weight): m.path for m in self.linears}
+        used = (id(t) for _, args, kwargs, _ in self.ops for t in tree_flatten((args, kwargs))[0])
+        return {weights[i] for i in used if i in weights}
 
     def masks(self, encoder_decoder: bool) -> dict[str, str]:
         """For each linear, the forward argument that masks the tokens it saw; empty when there is none."""
@@ -76,8 +83,8 @@ class _Shape(nn.Module):
         super().__init__()
         self.path, self.trace = path, trace
         self.in_features, self.out_features = self.nx, self.nf = shape
-        weight = getattr(original, "weight", None)
-        dtype = weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else None
+        weight = original._parameters.get("weight")  # an attribute could unpack a quantised one
+        dtype = weight.dtype if weight is not None and weight.is_floating_point() else None
         self.weight = torch.empty(shape[1], shape[0], device="meta", dtype=dtype)
         self.bias = (
             None if getattr(original, "bias", None) is None else torch.empty(shape[1], device="meta", dtype=dtype)
@@ -100,16 +107,18 @@ def _hollow(model: nn.Module, trace: Trace, train: bool) -> nn.Module:
         memo[id(p)] = nn.Parameter(torch.empty(_true_shape(p), dtype=p.dtype, device="meta"), requires_grad=False)
     for b in model.buffers():
         memo[id(b)] = torch.empty_like(b, device="meta")
+    for path, module in model.named_modules():
+        shape = linear_shape(module)
+        if shape is not None and path:  # in place of a copy: what a quantised one keeps beside its parameters is large
+            memo[id(module)] = _Shape(path, shape, module, trace)
+            trace.linears.append(memo[id(module)])
     hollow = copy.deepcopy(model, memo)
+    choose = getattr(hollow, "set_experts_implementation", None)
+    if choose is not None and any(p.ndim == 3 for p in hollow.parameters()):
+        choose("batched_mm")  # the base's own experts in the one way that asks for no values and takes every dtype
     for module in hollow.modules():
         module._forward_hooks.clear()  # a caller's hooks expect values, and to run when the model does
         module._forward_pre_hooks.clear()
-    for path, module in list(hollow.named_modules()):
-        shape = linear_shape(module)
-        if shape is not None and path:
-            parent, _, name = path.rpartition(".")
-            setattr(hollow.get_submodule(parent), name, _Shape(path, shape, module, trace))
-    for module in hollow.modules():
         if getattr(module, "gradient_checkpointing", False):
             module.gradient_checkpointing = False  # type: ignore[assignment]
     return hollow.train(train)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import cast
 
@@ -10,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from molora.config import GateConfig, RouterConfig
-from molora.routing import ROUTER_DTYPE, Routing, as_dtype, gate
+from molora.routing import ROUTER_DTYPE, Routing, as_dtype, autocast_on, gate
 
 __all__ = ["HiddenRouter"]
 
@@ -52,16 +53,16 @@ class HiddenRouter(nn.Module):
     def forward(self, hidden_BSD: Tensor) -> Tensor:
         """Logits (T, M, E), or (T, 1, E) without layerwise scalings; float32, autocast off."""
         h = hidden_BSD.flatten(0, -2).to(ROUTER_DTYPE)
-        with torch.autocast(h.device.type, enabled=False):
+        with torch.autocast(h.device.type, enabled=False) if autocast_on(h) else contextlib.nullcontext():
             for i, layer in enumerate(cast(list[nn.Linear], self.layers)):
                 if i:
                     h = nn.functional.dropout(h.relu(), self.config.dropout, self.training)
+                if layer.weight.dtype == ROUTER_DTYPE:
+                    h = layer(h)  # called: the weights of an offloaded one are there only then
+                    continue
                 # The weights may be narrower or wider than float32 when the whole model was cast.
-                h = nn.functional.linear(
-                    h,
-                    as_dtype(layer.weight, ROUTER_DTYPE),
-                    None if layer.bias is None else as_dtype(layer.bias, ROUTER_DTYPE),
-                )
+                bias = None if layer.bias is None else as_dtype(layer.bias, ROUTER_DTYPE)
+                h = nn.functional.linear(h, as_dtype(layer.weight, ROUTER_DTYPE), bias)
         return rearrange(h, "t (m e) -> t m e", e=self.num_experts)
 
     def gates(self, hidden_BSD: Tensor) -> tuple[Routing, ...]:

@@ -1,0 +1,15 @@
+"""Every cell of the README's table of bases, run."""
+
+from __future__ import annotations
+
+import pytest
+
+from molora.recipes import RECIPES
+from tests.support import table
+from tests.support.families import FAMILIES
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("row", FAMILIES)
+def test_a_cell_says_what_happens(row: str, recipe: str) -> None:
+    assert table.read()["base", row, recipe] == table.family_cell(row, recipe)
