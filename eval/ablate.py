@@ -21,8 +21,9 @@ from molora.eval.edits import Scene
 from molora.eval.ledger import Ledger, Track, quiet
 from molora.eval.lesions import Intervention, check_each, gates, lesions, names_of, silenced
 from molora.eval.metrics import assignment_counts
-from molora.eval.paired import Mixed, Resampled, bounds, mixed, row_losses, with_labels
+from molora.eval.paired import Mixed, Resampled, bounds, mixed, with_labels
 from molora.eval.recorder import routed_sites
+from molora.eval.score import batch_losses
 from molora.eval.stats import SiteInfo
 from molora.model import MixtureModel
 from molora.routing import Routing
@@ -78,7 +79,7 @@ class _Runs:
             if measure is not None:
                 measure.group_B = batch.group_B
             with self._under(wanted, b):
-                sums_B, labels_B = row_losses(self.model, batch.inputs)
+                sums_B, labels_B = batch_losses(self.model, batch.inputs)
             if not bool(sums_B.isfinite().all()):
                 raise MoloraError(f"ablation: the loss under {wanted.name!r} is not finite; load the base in float32")
             done |= {n: [s, c] for n, s, c in zip(batch.documents, sums_B.tolist(), labels_B.tolist(), strict=True)}

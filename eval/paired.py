@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from molora.data import IGNORED, Collator, Example, learned
 from molora.errors import ConfigError
+from molora.eval.bootstrap import LEVEL
 from molora.eval.document import DIGITS
 from molora.eval.inputs import digest_of
-from molora.eval.specialisation import LEVEL
+from molora.eval.score import is_seq2seq
 
-__all__ = ["Mixed", "Resampled", "bounds", "mixed", "row_losses", "with_labels"]
+__all__ = ["Mixed", "Resampled", "bounds", "mixed", "with_labels"]
 
 
 class Mixed(NamedTuple):
@@ -58,7 +59,7 @@ def with_labels(model: PreTrainedModel, rows: Mapping[str, Sequence[Example]]) -
     """
     if any("position_ids" in row for own in rows.values() for row in own):
         raise ConfigError("rows: got packed rows, expected one document a row; encode the data without packing")
-    seq2seq = _is_seq2seq(model)
+    seq2seq = is_seq2seq(model)
 
     def wanted(row: Example) -> int:
         return sum(label != IGNORED for label in row["labels"]) if seq2seq and "label" not in row else learned(row)
@@ -69,32 +70,6 @@ def with_labels(model: PreTrainedModel, rows: Mapping[str, Sequence[Example]]) -
         which = f"domain {', '.join(empty)}" if empty else "any domain"
         raise ConfigError(f"rows: got no document with a label in {which}, expected at least one in each domain")
     return kept
-
-
-def row_losses(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Each row's negative log-likelihood, summed over its labels, in nats, and the number of these: (B) float64 each.
-
-    Labels are the next tokens; an encoder-decoder's own tokens; a classifier's classes. Softmax in float32.
-    """
-    labels = inputs["labels"].to(model.device)
-    call = {k: v.to(model.device) for k, v in inputs.items() if k not in ("labels", "task_ids")}
-    if labels.ndim == 2 and _is_seq2seq(model):
-        to_come = (labels >= 0).flip(1).cumsum(1).flip(1) > 0  # not the padding behind the last label
-        call |= {"labels": labels, "decoder_attention_mask": to_come.long()}
-    logits: Tensor = model(**call).logits
-    if labels.ndim == 1:
-        labels, logits = labels.unsqueeze(1), logits.unsqueeze(1)
-    elif not _is_seq2seq(model):
-        labels, logits = labels[:, 1:], logits[:, :-1]
-    wanted = labels >= 0
-    loss_N = nn.functional.cross_entropy(logits[wanted].float(), labels[wanted], reduction="none").double().cpu()
-    row_N = wanted.nonzero()[:, 0].cpu()
-    sums_B = torch.zeros(len(labels), dtype=torch.float64).index_add(0, row_N, loss_N)
-    return sums_B, wanted.sum(1).double().cpu()
-
-
-def _is_seq2seq(model: Any) -> bool:
-    return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 class Resampled:

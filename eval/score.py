@@ -15,10 +15,12 @@ from molora.eval.ledger import Track, quiet
 __all__ = [
     "answer",
     "answer_scores",
+    "batch_losses",
     "batches",
     "exact_match",
     "generate",
     "heldout_loss",
+    "is_seq2seq",
     "prompt_text",
     "row_losses",
 ]
@@ -37,6 +39,34 @@ def batches(rows: Sequence[Example], pad_token_id: int, size: int) -> list[tuple
 
 
 @torch.no_grad()
+def batch_losses(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Each row's negative log-likelihood, summed over its labels, in nats, and the number of these: (B) float64 each.
+
+    Labels are the next tokens; an encoder-decoder's own tokens; a classifier's classes. Softmax in float32.
+    """
+    labels = inputs["labels"].to(model.device)
+    call = {k: v.to(model.device) for k, v in inputs.items() if k not in ("labels", "task_ids")}
+    if labels.ndim == 2 and is_seq2seq(model):
+        to_come = (labels >= 0).flip(1).cumsum(1).flip(1) > 0  # not the padding behind the last label
+        call |= {"labels": labels, "decoder_attention_mask": to_come.long()}
+    logits: Tensor = model(**call).logits
+    if labels.ndim == 1:
+        labels, logits = labels.unsqueeze(1), logits.unsqueeze(1)
+    elif not is_seq2seq(model):
+        labels, logits = labels[:, 1:], logits[:, :-1]
+    wanted = labels >= 0
+    loss_N = nn.functional.cross_entropy(logits[wanted].float(), labels[wanted], reduction="none").double().cpu()
+    row_N = wanted.nonzero()[:, 0].cpu()
+    sums_B = torch.zeros(len(labels), dtype=torch.float64).index_add(0, row_N, loss_N)
+    return sums_B, wanted.sum(1).double().cpu()
+
+
+def is_seq2seq(model: Any) -> bool:
+    """Whether the model predicts a text of its own, not the next tokens of what it reads."""
+    return bool(getattr(model.config, "is_encoder_decoder", False))
+
+
+@torch.no_grad()
 def row_losses(
     model: PreTrainedModel,
     rows: Sequence[Example],
@@ -49,14 +79,8 @@ def row_losses(
     model.eval()
     out = [(0.0, 0)] * len(rows)
     for chunk, batch in track(batches(rows, pad_token_id, size), what):
-        labels_BS = batch.pop("labels").to(model.device)[:, 1:]
-        logits_BSV = model(**{k: v.to(model.device) for k, v in batch.items()}).logits[:, :-1]
-        # Only tokens with a label: a float32 copy of all logits is the largest tensor of the whole run.
-        wanted_BS = labels_BS >= 0
-        losses_T = nn.functional.cross_entropy(logits_BSV[wanted_BS].float(), labels_BS[wanted_BS], reduction="none")
-        counts = wanted_BS.sum(1).tolist()
-        for i, own, n in zip(chunk, losses_T.double().cpu().split(counts), counts, strict=True):
-            out[i] = own.sum().item(), n
+        for i, loss, n in zip(chunk, *(t.tolist() for t in batch_losses(model, batch)), strict=True):
+            out[i] = loss, int(n)
     return out
 
 

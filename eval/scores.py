@@ -13,13 +13,13 @@ from molora.data import Example, Record, encode, learned
 from molora.errors import ConfigError
 from molora.eval.bootstrap import ratio_bounds
 from molora.eval.choices import Choice, likelihoods, picks
+from molora.eval.document import DIGITS
 from molora.eval.ledger import Ledger, Track, quiet
 from molora.eval.score import Scorer, answer_scores, row_losses
 
 __all__ = ["SCHEMA", "document_losses", "scores"]
 
 SCHEMA = 1
-DIGITS = 6
 NO_CHOICES: Mapping[str, Sequence[Choice]] = MappingProxyType({})
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molora.eval.bootstrap import LEVEL
 from molora.eval.metrics import group_counts, load, mutual_information, permutation_p_value
 
 __all__ = [
@@ -21,8 +22,6 @@ __all__ = [
     "transition",
     "vocabulary_specialisation",
 ]
-
-LEVEL = (0.025, 0.975)
 
 
 def _resamples(group_N: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -11,8 +11,9 @@ import transformers as tf
 import molora
 from molora.data import Example
 from molora.eval.ablate import ablate
-from molora.eval.paired import Resampled, bounds, mixed, row_losses
+from molora.eval.paired import Resampled, bounds, mixed
 from molora.eval.record import record_routing
+from molora.eval.score import batch_losses
 from tests import behaviours
 from tests.tiny import GQA, SMALL, VISION, arm, base_model
 
@@ -55,7 +56,7 @@ def test_each_rows_loss_is_that_of_the_row_alone(name: str) -> None:
         row["task_ids"] = 0
     (batch,) = mixed({"a": rows}, 0, 8)
     with torch.no_grad():
-        sums_B, labels_B = row_losses(model, batch.inputs)
+        sums_B, labels_B = batch_losses(model, batch.inputs)
         for n, got, count in zip(batch.documents, sums_B.tolist(), labels_B.tolist(), strict=True):
             labels = [1] if name == "bert" else [rows[n]["labels"]]
             alone = model(input_ids=torch.tensor([rows[n]["input_ids"]]), labels=torch.tensor(labels)).loss.item()
@@ -90,7 +91,7 @@ def test_padding_of_a_decoder_is_padding_to_its_routers() -> None:
     model, rows = behaviours.armed("mixlora", "t5"), [text(n) for n in (6, 11, 3)]
     (batch,) = mixed({"a": rows}, 0, 8)
     with record_routing(model) as tape, torch.no_grad():
-        row_losses(model, batch.inputs)
+        batch_losses(model, batch.inputs)
     for site, (record,) in tape.items():
         assert int(record.valid.sum()) == 20, site
 
