@@ -13,6 +13,7 @@ from rich.console import Console
 from molora import demo
 from molora.errors import CheckpointError
 from molora.eval.answer import Answers
+from molora.eval.document import read_document
 from tests import tiny_text
 
 
@@ -50,10 +51,11 @@ def test_demo_end_to_end(configs: list[Path], tmp_path: Path) -> None:
     assert "routing" not in single
     assert 0 < mixture["routing"]["p_value"] <= 1
     names = {p.name for p in (tmp_path / "demo").iterdir()}
-    assert names == {"config.yaml", "lora", "metrics.json", "mixlora", "routing_mixlora.json", "routing_mixlora.png"}
+    assert names == {"config.yaml", "eval", "lora", "metrics.json", "mixlora", "report.html"}
     assert json.loads((tmp_path / "demo" / "metrics.json").read_text()) == json.loads(json.dumps(report))
-    routing = json.loads((tmp_path / "demo" / "routing_mixlora.json").read_text())
+    routing = read_document(tmp_path / "demo" / "eval" / "mixlora")["routing"]
     assert len(routing["sites"]) == len(routing["load"]["sums"]) == 2
+    assert sum(d["documents"] for d in routing["domains"].values()) == 12
     chosen = yaml.safe_load((tmp_path / "demo" / "config.yaml").read_text())
     assert chosen["lora"]["options"]["r"] == single["options"]["r"] != 2
     for text in (
@@ -62,6 +64,9 @@ def test_demo_end_to_end(configs: list[Path], tmp_path: Path) -> None:
         "mixlora",
         f"{mixture['trainable_parameters']:,}",
         "same answers",
+        "What the routing does",
+        "experts are in effective use",
+        "report.html",
     ):
         assert text in said.getvalue()
 
