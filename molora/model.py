@@ -23,7 +23,14 @@ from molora.install import HEAD, Mixture, sites_of, uninstall
 from molora.interop.peft_lora import write_peft_lora
 from molora.layers import MixtureLinear
 from molora.model_card import model_card
-from molora.scaling_pass import cache_among, join_new_caches, paired_cache, scaling_pass
+from molora.scaling_pass import (
+    cache_among,
+    join_new_caches,
+    kept_in_modules,
+    paired_cache,
+    refuse_kept_state,
+    scaling_pass,
+)
 
 __all__ = ["MixtureModel", "adopt", "mixture_class"]
 
@@ -229,7 +236,9 @@ def _two_passes(
         show_scaling()
         frame.gates, made = scaling_pass(model, inner, head, arguments, frame)
         show_real()
+        kept = kept_in_modules(model, cache, made)
         outputs = inner(model, **arguments)
+        refuse_kept_state(model, kept)
     if cache is None:
         join_new_caches(cache_among(outputs.values() if isinstance(outputs, dict) else outputs), made)
     return outputs

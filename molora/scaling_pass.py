@@ -25,7 +25,14 @@ from molora.errors import ConfigError
 from molora.routers import HiddenRouter
 from molora.routing import Routing
 
-__all__ = ["cache_among", "join_new_caches", "paired_cache", "scaling_pass"]
+__all__ = [
+    "cache_among",
+    "join_new_caches",
+    "kept_in_modules",
+    "paired_cache",
+    "refuse_kept_state",
+    "scaling_pass",
+]
 
 MARK = "_molora_real_layers"
 
@@ -95,6 +102,27 @@ def join_new_caches(real: Any, scaling: Any) -> None:
     if real is not None and scaling is not None and hasattr(real, "layers") and getattr(real, MARK, None) is None:
         setattr(real, MARK, len(real.layers))
         real.layers = [*real.layers, *scaling.layers]
+
+
+def kept_in_modules(model: nn.Module, cache: Any, made: Any) -> dict[tuple[int, str], Tensor]:
+    """Tensors that modules keep as plain attributes between the passes of a call that begins a cache."""
+    if (cache is None and made is None) or hasattr(cache, MARK) or torch.compiler.is_compiling():
+        return {}
+    return {(id(m), k): v for m in model.modules() for k, v in vars(m).items() if isinstance(v, Tensor)}
+
+
+def refuse_kept_state(model: nn.Module, kept: dict[tuple[int, str], Tensor]) -> None:
+    """ConfigError where the second pass left another state in a module than the first: one of the two would be lost."""
+    for path, module in model.named_modules() if kept else ():
+        for name, value in vars(module).items():
+            before = kept.get((id(module), name))
+            if before is None or value is before or not isinstance(value, Tensor):
+                continue
+            if value.shape != before.shape or not torch.equal(value, before):
+                raise ConfigError(
+                    f"{path}.{name}: the base keeps a state in its modules, outside of the cache, and the scaling pass "
+                    "would need a second one; call the model with use_cache=False"
+                )
 
 
 def scaling_pass(

@@ -171,3 +171,21 @@ def test_a_backbone_without_a_hidden_state_is_refused() -> None:
     model = molora.convert(base("clip"), "xlora", **text)
     with pytest.raises(ConfigError, match="no last_hidden_state"):
         tiny.output(model, inputs("clip"))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_what_a_module_keeps_has_to_be_the_same_after_both_passes(same: bool) -> None:
+    """A notice that both passes write alike may stay; a state may not, since generation would go on from one of two."""
+    model, ids = behaviours.armed("xlora", "llama"), tiny.batch("llama")["input_ids"]
+
+    def keep(module: nn.Module, args: Any, out: Tensor) -> None:
+        module.kept = torch.ones(2) if same else out.detach()
+
+    model.model.layers[0].mlp.register_forward_hook(keep)
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+        if same:
+            model(input_ids=ids, use_cache=True)
+        else:
+            with pytest.raises(ConfigError, match=r"layers.0.mlp.kept: the base keeps a state.*use_cache=False"):
+                model(input_ids=ids, use_cache=True)

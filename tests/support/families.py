@@ -114,6 +114,12 @@ FAMILIES: dict[str, Family] = {
     "rwkv": Family(
         "RWKV", lambda: tf.RwkvForCausalLM(tf.RwkvConfig(**STATE, attention_hidden_size=32)), cached=False, note="state"
     ),
+    "recurrent_gemma": Family(
+        "RecurrentGemma",
+        lambda: tf.RecurrentGemmaForCausalLM(
+            tf.RecurrentGemmaConfig(**{**GQA, "num_hidden_layers": 3}, lru_width=32)
+        ),
+    ),
     "t5": _tiny("t5", "T5"),
     "t5_gated": _tiny("t5_gated", "T5 v1.1 (gated)"),
     "bart": Family("BART", _bart, "t5"),

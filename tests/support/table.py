@@ -29,6 +29,8 @@ REFUSALS = {
     "none of the targeted modules is in one": "the base has no feed-forward block of linears (its experts are fused "
     "into 3-D parameters, or it has none); take a recipe that works linear by linear",
     "a model-wide router needs one stream of tokens": "one set of gates for the whole model needs one stream of tokens",
+    "the base keeps a state in its modules": "the base keeps its state in its modules, and two passes would need two; "
+    "without a cache (`use_cache=False`) it works",
     "use_reentrant": "balance losses and model-wide gates would be lost",
     "the layer runs outside of the converted model's forward": "raises in the recompute, which does not know the "
     "forward it belongs to; use the model's own checkpointing",
