@@ -23,14 +23,7 @@ from molora.install import HEAD, Mixture, sites_of, uninstall
 from molora.interop.peft_lora import write_peft_lora
 from molora.layers import MixtureLinear
 from molora.model_card import model_card
-from molora.scaling_pass import (
-    cache_among,
-    join_new_caches,
-    kept_in_modules,
-    paired_cache,
-    refuse_kept_state,
-    scaling_pass,
-)
+from molora.scaling_pass import two_passes
 
 __all__ = ["MixtureModel", "adopt", "mixture_class"]
 
@@ -224,24 +217,8 @@ def _run(
     frame = open_frame(model, mixture, arguments, task_ids)
     head = getattr(model, HEAD, None)
     with context.use(frame):
-        outputs = inner(model, **arguments) if head is None else _two_passes(model, inner, head, arguments, frame)
+        outputs = inner(model, **arguments) if head is None else two_passes(model, inner, head, arguments, frame)
     return add_aux_loss(model, mixture, outputs, frame, arguments)
-
-
-def _two_passes(
-    model: Any, inner: Callable[..., Any], head: Any, arguments: dict[str, Any], frame: context.Frame
-) -> Any:
-    cache = cache_among(arguments.values()) or arguments.get("past_key_values")
-    with paired_cache(cache) as (show_scaling, show_real):
-        show_scaling()
-        frame.gates, made = scaling_pass(model, inner, head, arguments, frame)
-        show_real()
-        kept = kept_in_modules(model, cache, made)
-        outputs = inner(model, **arguments)
-        refuse_kept_state(model, kept)
-    if cache is None:
-        join_new_caches(cache_among(outputs.values() if isinstance(outputs, dict) else outputs), made)
-    return outputs
 
 
 def adopt(model: nn.Module, mixture: Mixture) -> nn.Module:

@@ -25,14 +25,7 @@ from molora.errors import ConfigError
 from molora.routers import HiddenRouter
 from molora.routing import Routing
 
-__all__ = [
-    "cache_among",
-    "join_new_caches",
-    "kept_in_modules",
-    "paired_cache",
-    "refuse_kept_state",
-    "scaling_pass",
-]
+__all__ = ["two_passes"]
 
 MARK = "_molora_real_layers"
 
@@ -169,3 +162,18 @@ def _backbone(model: nn.Module, forward: Callable[..., Any]) -> tuple[nn.Module,
     if isinstance(inner, nn.Module) and inner is not model:
         return inner, inner
     return model, lambda **kwargs: forward(model, **kwargs)
+
+
+def two_passes(model: Any, inner: Callable[..., Any], head: Any, arguments: dict[str, Any], frame: Frame) -> Any:
+    """A forward with a model-wide router: the scaling pass makes the gates that the real pass uses; each has a cache."""
+    cache = cache_among(arguments.values()) or arguments.get("past_key_values")
+    with paired_cache(cache) as (show_scaling, show_real):
+        show_scaling()
+        frame.gates, made = scaling_pass(model, inner, head, arguments, frame)
+        show_real()
+        kept = kept_in_modules(model, cache, made)
+        outputs = inner(model, **arguments)
+        refuse_kept_state(model, kept)
+    if cache is None:
+        join_new_caches(cache_among(outputs.values() if isinstance(outputs, dict) else outputs), made)
+    return outputs
