@@ -165,7 +165,7 @@ def _backbone(model: nn.Module, forward: Callable[..., Any]) -> tuple[nn.Module,
 
 
 def two_passes(model: Any, inner: Callable[..., Any], head: Any, arguments: dict[str, Any], frame: Frame) -> Any:
-    """A forward with a model-wide router: the scaling pass makes the gates that the real pass uses; each has a cache."""
+    """A forward with a model-wide router: the scaling pass makes the gates that the real pass uses; a cache each."""
     cache = cache_among(arguments.values()) or arguments.get("past_key_values")
     with paired_cache(cache) as (show_scaling, show_real):
         show_scaling()
