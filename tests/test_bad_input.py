@@ -165,7 +165,7 @@ def test_a_start_of_another_rank_or_base(root: Path):
 def test_model_wide_router_on_two_streams(root: Path):
     model = base_model("t5")
     own = {"adapters": adapters(root, "t5")}
-    refused(model, lambda: molora.convert(model, "xlora", **own), TargetError, "encoder-decoder.*router per module")
+    refused(model, lambda: molora.convert(model, "xlora", **own), TargetError, "encoder and decoder.*router per module")
 
 
 @pytest.mark.parametrize("recipe", ["lora", "mixlora"])

@@ -81,6 +81,7 @@ def visit(driver: Any, path: Path, width: int = 1280) -> None:
     metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     driver.get(path.as_uri())
+    driver.execute_script("document.querySelector('.chart').scrollIntoView({block: 'center'})")
     wait(lambda: driver.execute_script("return document.querySelector('svg.main-svg') !== null"))
 
 

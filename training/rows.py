@@ -83,9 +83,9 @@ def prepare_data(
     """
     if arguments.packing and task != CAUSAL:
         raise ConfigError(f"packing: got model_task {task}, expected {CAUSAL}: other rows cannot share one")
-    sides = divided(arguments, seed, task)
-    records = [r for own in sides.values() for side in own for r in side]
-    labels = _classes(records, known) if task == CLASSES else {}
+    read = _read(arguments, NEEDS[task])
+    labels = _classes([r for own in read.values() for side in own for r in side], known) if task == CLASSES else {}
+    sides = {name: _sides(name, own, arguments.heldout, seed) for name, own in read.items()}
     coded = coder(task, encoder, arguments.max_length, labels)
     train: dict[str, list[Example]] = {}
     heldout: dict[str, list[Example]] = {}
