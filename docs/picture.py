@@ -28,7 +28,7 @@ def main(page: str, out: str) -> None:
         driver.implicitly_wait(30)
         driver.find_element("css selector", ".js-plotly-plot .main-svg")
         picture = Image.open(io.BytesIO(driver.get_screenshot_as_png()))
-        picture.convert("RGB").quantize(128).save(out, optimize=True)
+        picture.convert("RGB").quantize(256).save(out, optimize=True)
 
 
 if __name__ == "__main__":

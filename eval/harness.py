@@ -9,18 +9,33 @@ takes everything that ``lm_eval`` takes. Releases of lm-eval after 0.4.13 find t
 from __future__ import annotations
 
 import sys
+from importlib.metadata import entry_points
 
 from molora.errors import MoloraError
 
-__all__ = ["main"]
+__all__ = ["main", "register"]
+
+
+def register() -> None:
+    """Let this process's lm-eval know the model by name: by our entry point, as its later releases do by themselves, or
+    from a bare checkout, which has none, by its class.
+
+    Raises:
+        ConfigError: lm-eval is not installed.
+    """
+    from molora.eval.harness_model import MoloraLM  # first: it says what is missing
+
+    from lm_eval.api.registry import model_registry  # isort: skip
+
+    if "molora" not in model_registry:
+        ours = next(iter(entry_points(group="lm_eval.models", name="molora")), MoloraLM)
+        model_registry.register("molora", target=ours)
 
 
 def main() -> None:
     """Run lm-eval's command line; a mistake about the adapter ends in one line and exit code 2."""
     try:
-        from molora.eval import harness_model
-
-        harness_model.register()
+        register()
         from lm_eval.__main__ import cli_evaluate
 
         cli_evaluate()

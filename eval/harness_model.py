@@ -27,19 +27,12 @@ from molora.load import load
 from molora.model import MixtureModel
 
 try:
-    from lm_eval.api.registry import model_registry
     from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import get_rolling_token_windows
 except ImportError as e:
     raise ConfigError("the package lm-eval is not installed: pip install 'molora[harness]'") from e
 
-__all__ = ["MoloraLM", "register"]
-
-
-def register() -> None:
-    """Let this process's lm-eval know the model by name."""
-    if "molora" not in model_registry:
-        model_registry.register("molora", target=MoloraLM)
+__all__ = ["MoloraLM"]
 
 
 class MoloraLM(HFLM):  # type: ignore[misc]  # lm-eval carries no types
