@@ -153,3 +153,16 @@ def test_pointer_and_keys_show_a_tokens_experts(driver: Any, pages: Any):
     assert tokens[1].get_attribute("aria-describedby") == "tip"
     driver.switch_to.active_element.send_keys(Keys.ESCAPE)
     wait(lambda: not tip.is_displayed())
+
+
+def test_a_tokens_experts_fit_a_narrow_window_however_many_they_are(driver: Any, pages: Any):
+    visit(driver, pages["mixlora-llama"][0], width=400)
+    token = wait(lambda: driver.execute_script("return document.querySelector('.token')"))
+    driver.execute_script("arguments[0].scrollIntoView({block: 'center'}); arguments[0].focus()", token)
+    tip = driver.find_element("id", "tip")
+    wait(tip.is_displayed)
+    driver.execute_script("arguments[0].style.width = '200vw'", tip)  # a strip of as many layers as one likes
+    width, window = driver.execute_script(
+        "return [arguments[0].offsetWidth, document.documentElement.clientWidth]", tip
+    )
+    assert width + 16 <= window, "it keeps 8 pixels to each side, next to a scroll bar, too"
