@@ -141,7 +141,7 @@ def _specialised(routing: Mapping[str, Any] | None) -> Statement:
 
 def _causal(ablation: Mapping[str, Any] | None, document: Mapping[str, Any]) -> Statement:
     if ablation is None:
-        text = "No ablation was run; `molora eval ablate` asks whether routing matters to the loss."
+        text = "No ablation was run; the command molora eval ablate asks whether routing matters to the loss."
         return Statement("causal", "unknown", "Effect unknown", text)
     named = {i["name"]: i for i in ablation["interventions"]}
     shuffled = named.get("shuffled")
