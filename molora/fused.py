@@ -95,7 +95,7 @@ class FusedExperts(nn.Module):
         """
         if context.is_off(self.owner):
             return self.base_layer(*args, **kwargs)
-        nowhere = any(t.is_meta for t in args if isinstance(t, Tensor))  # a forward of shapes alone
+        nowhere = any(isinstance(t, Tensor) and t.is_meta for t in (*args, *kwargs.values()))  # shapes alone
         weights = {name: part(self._whole(name, part, nowhere)) for name, part in self.parts().items()}
         # A function of weights wherever something stands between the module and its forward: the compiler, or hooks of
         # accelerate. It puts them into the module meanwhile, which another thread would see; a twin, nobody sees.
