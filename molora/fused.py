@@ -105,8 +105,8 @@ class FusedExperts(nn.Module):
 
     def _whole(self, name: str, part: FusedParameter, nowhere: bool) -> Tensor:
         weight = cast(Tensor, self.base_layer._parameters[name])
-        sharded = tuple(weight.shape) != part.site.stacked() or hasattr(weight, "device_mesh")
-        if sharded or weight.is_meta != nowhere:
+        sharded = hasattr(weight, "ds_id") or hasattr(weight, "device_mesh")  # ZeRO-3; FSDP and tensor parallelism
+        if sharded or weight.is_meta != nowhere or tuple(weight.shape) != part.site.stacked():
             raise MoloraError(
                 f"{part.site.path}: the base's experts are not whole when they are called (ZeRO-3, another sharding of "
                 "this module, or offload keeps them elsewhere), and an adapted parameter has to be; train with ZeRO-1 "

@@ -18,8 +18,8 @@ __all__ += ["targeted"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)  # their weight has three dimensions, as stacked experts have
 FUSED = (
-    "the base's own experts are fused into parameters of three dimensions, not linears, and stay as they are; its "
-    "attention, shared experts and dense blocks can be adapted"
+    "the base's own experts are fused into parameters of three dimensions, not linears; recipe 'lora' adapts them by "
+    "target_parameters, and all recipes its attention, shared experts and dense blocks"
 )
 
 
