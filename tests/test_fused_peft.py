@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import molora
 from molora.errors import AdapterError, ConfigError, MoloraError
+from molora.interop.names import first_match
 from tests import behaviours, tiny
 from tests.conftest import close
 from tests.support.families import base, inputs
@@ -174,6 +176,16 @@ def test_named_mixtures_take_turns(tmp_path: Path) -> None:
     again = PeftModel.from_pretrained(base("mixtral"), tmp_path)
     assert torch.equal(logits(again, "mixtral"), seen["default"])
     assert torch.equal(logits(molora.load(base("mixtral"), tmp_path), "mixtral"), seen["default"])
+
+
+@pytest.mark.parametrize("path", ["down_proj", "experts.down_proj", "up_and_down_proj"])
+def test_the_patterns_that_peft_writes_itself(path: str) -> None:
+    """It doubles the rank of what was two linears once under a regular expression, which is not run here."""
+    for pattern in (r".*\.down_proj", "down_proj", r".*\.experts\.down_proj"):
+        wanted = re.match(rf"(.*\.)?({pattern})$", path)
+        assert first_match([pattern], path, "") == (pattern if wanted else None)
+    with pytest.raises(AdapterError, match="is not run"):
+        first_match([r".*\.^down_proj"], path, "")
 
 
 def test_starts_from_data_and_from_the_base_are_for_linears() -> None:

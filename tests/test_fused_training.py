@@ -103,6 +103,18 @@ def test_a_module_that_is_read_past_its_forward() -> None:
         molora.convert(Reads(), "lora", target_modules=[], target_parameters=["stack"])
 
 
+def test_only_some_layers_and_one_parameter() -> None:
+    """Beside the linears of the same layers; ranks may differ by layer, as those of linears."""
+    options = {"r": (2, 4), "layers_to_transform": [1], "target_modules": ["q_proj"]}
+    sites = molora.convert(base("gpt_oss"), "lora", target_parameters=["experts.down_proj"], **options)._molora.sites
+    found = [(s.path, s.role, s.ranks, s.stacked() if s.role == "parameter" else ()) for s in sites]
+    layer = "model.layers.1"
+    assert found == [
+        (f"{layer}.self_attn.q_proj", "linear", (4,), ()),
+        (f"{layer}.mlp.experts.down_proj", "parameter", (4,), (4, 48, 32)),
+    ]
+
+
 # ------------------------------------------------------------------------------------- counting and planning
 
 
