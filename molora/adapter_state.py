@@ -8,34 +8,59 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from molora.build import HEAD
 from molora.errors import AdapterError
-from molora.install import HEAD, sites_of, wrappers_of
+from molora.fused import FusedExperts, FusedParameter
+from molora.install import sites_of, wrappers_of
 from molora.layers import MixtureLinear, RoutedModule, SavedModule
 
-__all__ = ["merge_expert", "saved_tensors"]
+__all__ = ["merge_expert", "merges", "saved_tensors", "stacks_of"]
 
 PARTS = ("bank", "router", "trained")  # children of a wrapper that are saved
 T = TypeVar("T")
 
 
-def merge_expert(m: MixtureLinear) -> None:
-    """Add the site's only expert into its base weight, in float32.
+def merges(m: RoutedModule) -> bool:
+    """Whether a site computes the base's function of other weights, which do not depend on the token."""
+    return isinstance(m, FusedParameter) or (isinstance(m, MixtureLinear) and m.always_on and m.site.num_experts == 1)
+
+
+@torch.no_grad()
+def merge_expert(model: nn.Module, m: RoutedModule) -> None:
+    """Add what the site learned into its base weight: a linear's in float32, stacked experts' as their forward does.
 
     Raises:
         AdapterError: for a base that is no plain float linear, or an expert with NaN or infinite values.
     """
-    weight, bank = m.base_layer._parameters.get("weight"), m.bank
-    if type(weight) is not nn.Parameter or not weight.is_floating_point() or bank is None:
-        raise AdapterError(
-            f"{m.site.path}: cannot merge into a {type(m.base_layer).__name__}; only plain float linears"
-        )
-    A, B, scale = bank.expert(0)
-    delta_OI = scale * (B.float() @ A.float())
-    if not bool(torch.isfinite(delta_OI).all()):
+    if isinstance(m, FusedParameter):
+        weight: Any = _holders(model)[m].get_parameter(m.site.path.rpartition(".")[2])
+        merged = m(weight)
+    else:
+        assert isinstance(m, MixtureLinear)
+        weight, bank = m.base_layer._parameters.get("weight"), m.bank
+        if type(weight) is not nn.Parameter or not weight.is_floating_point() or bank is None:
+            raise AdapterError(
+                f"{m.site.path}: cannot merge into a {type(m.base_layer).__name__}; only plain float linears"
+            )
+        A, B, scale = bank.expert(0)
+        delta_OI = scale * (B.float() @ A.float())
+        transposed = weight.shape != delta_OI.shape or hasattr(m.base_layer, "nx")
+        merged = weight + (delta_OI.t() if transposed else delta_OI).to(weight.dtype)
+    if not bool(torch.isfinite(merged).all()):
         raise AdapterError(f"{m.site.path}: the expert holds NaN or infinite values; nothing was merged here")
-    transposed = weight.shape != delta_OI.shape or hasattr(m.base_layer, "nx")
-    with torch.no_grad():
-        weight.add_((delta_OI.t() if transposed else delta_OI).to(weight.dtype))
+    weight.copy_(merged)
+
+
+def _holders(model: nn.Module) -> dict[FusedParameter, nn.Module]:
+    """The block of each site on a stacked parameter."""
+    blocks = [w for w in wrappers_of(model).values() if isinstance(w, FusedExperts)]
+    return {part: w.base_layer for w in blocks for part in w.parts().values()}
+
+
+def stacks_of(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float, int]]:
+    """The LoRAs of the base's own experts by path of the parameter: A (E r, in), B (out, E r), scale and E."""
+    sites = [(path, m) for path, m in sites_of(model).values() if isinstance(m, FusedParameter)]
+    return {p: (m.bank.lora_A, m.bank.lora_B, m.site.scales[0], m.site.num_experts) for p, m in sites}
 
 
 def saved_tensors(model: nn.Module, state_dict: Mapping[str, T] | None = None) -> dict[str, T]:

@@ -141,6 +141,7 @@ class MoloraConfig(Strict):
     recipe: str
     placements: tuple[Placement, ...]
     target_modules: str | tuple[str, ...] = "all-linear"
+    target_parameters: tuple[str, ...] = ()
     exclude_modules: tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] = ()
     modules_to_save: tuple[str, ...] = ()
@@ -176,6 +177,7 @@ class MoloraConfig(Strict):
             for key, value in pairs:
                 low = 1 if name == "rank_pattern" else 1e-30
                 out += at_least(f"{name}[{key!r}]", value, low, high)
+        out += self._parameter_faults()
         selects = [p.select for p in self.placements]
         if len(set(selects)) < len(selects) or ("all" in selects and len(selects) > 1):
             out.append(f"placements: got select={selects}, expected 'all' alone, or 'ffn' and 'rest' once each at most")
@@ -189,6 +191,28 @@ class MoloraConfig(Strict):
         if given and any(p.imported for p in self.placements):
             out.append(f"{', '.join(given)}: got values for experts that are ready-made, expected none")
         return out + at_least("init_noise", self.init_noise, 0)
+
+    def _parameter_faults(self) -> list[str]:
+        """Why the base's own experts cannot be adapted as the config says; see :mod:`molora.fused`."""
+        if not self.target_parameters:
+            return []
+        what, out = "target_parameters", []
+        always = [p for p in self.placements if p.router.kind == "fixed" and p.num_experts == 1]
+        if len(always) != 1 or len(self.placements) != 1 or len(self.adapters) > 1:
+            out.append(
+                f"{what}: got recipe {self.recipe!r}, expected 'lora': the base's experts run as one function of their "
+                "weights, which are the same for all tokens of a forward, and a mixture's depend on the token"
+            )
+        for p in self.placements:
+            if p.lora_dropout:
+                out.append(
+                    f"{what}: got lora_dropout={p.lora_dropout}, expected 0: B A is added to the weight itself, and "
+                    "never sees the input that dropout is for"
+                )
+            if p.init_lora_weights in FROM_THE_BASE:
+                got = f"init_lora_weights={p.init_lora_weights!r}"
+                out.append(f"{what}: got {got}, expected True, 'gaussian' or False: that start is for linears")
+        return out
 
     def without_folders(self) -> MoloraConfig:
         """The mixture as others may see it: named by its adapters, not by where on this machine they came from."""

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from molora.build import Built, build, check_tables, generator
 from molora.config import MoloraConfig
 from molora.errors import AdapterError, ConfigError, nearest
-from molora.install import Built, build, check_forward, check_tables, generator, install
+from molora.install import check_forward, install
 from molora.interop.initialisers import start_experts
 from molora.interop.peft_lora import LoraAdapter, read_peft_lora, renaming
+from molora.interop.peft_stacked import placed
 from molora.layers import MixtureLinear
 from molora.model import MixtureModel, adopt
 from molora.recipes import RECIPES
 from molora.resolve import resolve
+from molora.staged import CONFIG
 from molora.targets import candidates
 
 __all__ = ["aligned", "config_of", "convert", "put_on"]
@@ -89,14 +93,16 @@ def _check(model: nn.Module, config: MoloraConfig) -> None:
 
 
 def aligned(
-    model: nn.Module, name: str, folder: str, *, allow_pickle: bool = False, allow_saved: bool = False
+    model: nn.Module, name: str, folder: str, *, allow_pickle: bool = False, alone: bool = False
 ) -> LoraAdapter:
-    """The PEFT LoRA folder with its paths in terms of ``model``; ``allow_saved``: also with whole trained modules.
+    """The PEFT LoRA folder with its paths in terms of ``model``.
+
+    ``alone``: it will not be mixed, so it may have whole trained modules and LoRAs of the base's own experts.
 
     Raises:
         AdapterError: for a folder that cannot be read, or that was made for linears of other widths.
     """
-    adapter = read_peft_lora(folder, allow_pickle=allow_pickle, allow_saved=allow_saved)
+    adapter = read_peft_lora(folder, allow_pickle=allow_pickle, allow_saved=alone, allow_stacked=alone)
     paths = [p for p, _ in model.named_modules() if p]
     try:
         new_name = renaming(adapter, paths)
@@ -115,11 +121,12 @@ def aligned(
     if turned:
         raise AdapterError(
             f"adapter {name!r} ({folder}): {turned[0]} was reached as a parameter, and this {type(model).__name__} "
-            "stores its weight transposed; train the adapter with target_modules instead"
+            "stores its weight transposed, or it is no linear; train the adapter with target_modules instead"
         )
     parts = {n: n.rpartition(".") for n in adapter.saved}
     saved = {f"{new_name[parts[n][0]]}.{parts[n][2]}": t for n, t in adapter.saved.items()}
-    return replace(adapter, modules=modules, saved=saved, parameters=tuple(stored))
+    fused = placed(Path(folder) / CONFIG, adapter.settings, adapter.stacks, model, new_name)
+    return replace(adapter, modules=modules, saved=saved, parameters=tuple(stored), fused=fused, stacks={})
 
 
 def _fill(built: Built, adapters: Mapping[str, LoraAdapter]) -> None:

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 from molora import processes
 from molora.adapter_state import saved_tensors
+from molora.build import HEAD, Built, build
 from molora.checkpoint import Described, check_fingerprint, load_tensors, read_adapter
 from molora.errors import AdapterError, ConfigError, TargetError
-from molora.install import HEAD, Built, build, install
+from molora.install import install
 from molora.interop.foreign import Asked, Importer, packed
 from molora.layers import SavedModule
 from molora.model import MixtureModel, adopt
 from molora.resolve import resolve
 from molora.site import SiteConfig
+from molora.target_parameters import stacked_at
 from molora.trace import linear_shape
 
 __all__ = ["from_pretrained", "load", "restore", "wrappers_for"]
@@ -114,6 +116,9 @@ def _check_sites(adapter: Described, model: nn.Module) -> None:
     """Every site must be a linear of the recorded widths in this model, whatever the fingerprint says."""
     modules = dict(model.named_modules())
     for site in adapter.sites:
+        if site.role == "parameter":
+            _check_stacked(adapter, model, site)
+            continue
         module = modules.get(site.path)
         if module is None:
             raise AdapterError(f"{adapter.folder}: adapts {site.path}, which this {type(model).__name__} does not have")
@@ -125,6 +130,25 @@ def _check_sites(adapter: Described, model: nn.Module) -> None:
             )
 
 
+def _check_stacked(adapter: Described, model: nn.Module, site: SiteConfig) -> None:
+    """The same for a parameter with experts of the base; how it is stored decides what A and B mean."""
+    try:
+        found = stacked_at(model, site.path)
+    except TargetError as e:
+        raise AdapterError(f"{adapter.folder}: does not fit this model: {e}") from e
+    if (found.experts, *found.shape, found.transposed) != (
+        site.num_experts,
+        site.in_features,
+        site.out_features,
+        site.transposed,
+    ):
+        raise AdapterError(
+            f"{adapter.folder}: {site.path}: made for a parameter of shape {site.stacked()}, this model has "
+            f"{tuple(model.get_parameter(site.path).shape)}"
+            + (", stored the other way round" if found.transposed != site.transposed else "")
+        )
+
+
 def fill(built: Built, tensors: dict[str, Tensor], folder: str) -> None:
     """Copy tensors by canonical name into wrappers that are not installed yet; every one must find its place.
 
@@ -132,7 +156,8 @@ def fill(built: Built, tensors: dict[str, Tensor], folder: str) -> None:
         AdapterError: for a missing, extra or misshapen tensor.
     """
     targets: dict[str, Tensor] = {}
-    for path, module in built.modules.items():
+    saved = {path: m for path, m in built.modules.items() if isinstance(m, SavedModule)}
+    for path, module in {**saved, **built.routed()}.items():
         for part in ("trained",) if isinstance(module, SavedModule) else ("bank", "router"):
             child = getattr(module, part, None)
             if child is not None:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from molora import context, reshape
-from molora.adapter_state import merge_expert, saved_tensors
+from molora.adapter_state import merge_expert, merges, saved_tensors, stacks_of
 from molora.aux_loss import add_aux_loss
+from molora.build import HEAD
 from molora.checkpoint import fingerprint, write_adapter
 from molora.checkpointing import bind, rebind, unbind
 from molora.errors import ConfigError, nearest
 from molora.frames import arguments_of, open_frame
-from molora.install import HEAD, Mixture, sites_of, uninstall
+from molora.install import Mixture, sites_of, uninstall
 from molora.interop.peft_lora import write_peft_lora
 from molora.layers import MixtureLinear
 from molora.model_card import model_card
@@ -95,13 +96,13 @@ class MixtureModel:
         """
         model = cast(nn.Module, self)
         sites = [m for _, m in sites_of(model).values()]
-        if not all(isinstance(m, MixtureLinear) and m.always_on and m.site.num_experts == 1 for m in sites):
+        if not all(merges(m) for m in sites):
             raise ConfigError(
                 f"merge_and_unload: recipe {self._molora.config.recipe!r} mixes experts by the token: no weight gives "
                 "the same outputs; keep the mixture, or use export_expert(...) to take one expert out as a plain LoRA"
             )
-        for m in cast(list[MixtureLinear], sites):
-            merge_expert(m)
+        for m in sites:
+            merge_expert(model, m)
         return self.unload()
 
     def export_expert(self, expert: str | int, save_directory: str | os.PathLike[str]) -> None:
@@ -112,7 +113,7 @@ class MixtureModel:
         """
         model, names = cast(nn.Module, self), [n for n, _ in self._molora.config.adapters]
         sites = [m for _, m in sites_of(model).values() if isinstance(m, MixtureLinear) and m.bank is not None]
-        largest = max(m.site.num_experts for m in sites)
+        largest = max((m.site.num_experts for m in sites), default=1)
         if isinstance(expert, str) and expert not in names:
             raise ConfigError(
                 f"export_expert: got {expert!r}, expected one of {names or 'the indices'}{nearest(expert, names)}"
@@ -126,7 +127,7 @@ class MixtureModel:
             if e < m.site.num_experts and m.bank is not None and m.bank.ranks[e] > 0:
                 modules[m.site.path] = m.bank.expert(e)
         base = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
-        write_peft_lora(save_directory, modules=modules, base_model_name=base)
+        write_peft_lora(save_directory, modules=modules, base_model_name=base, fused=stacks_of(model))
 
     def _set_gradient_checkpointing(
         self,

@@ -20,7 +20,7 @@ def model_card(model: nn.Module, mixture: Mixture) -> str:
         kind = "experts, A" if name.endswith("lora_A") else "experts, B" if name.endswith("lora_B") else "routers"
         if name.endswith(("lora_A", "lora_B")) or ".router." in name or name.startswith("molora_router."):
             kinds[kind] = kinds.get(kind, 0) + p.numel()
-    experts = sorted({s.num_experts for s in mixture.sites})
+    experts = sorted({1 if s.role == "parameter" else s.num_experts for s in mixture.sites})
     rows = "\n".join(f"| {k} | {n:,} |" for k, n in sorted(kinds.items()))
     names = f" Experts: {', '.join(n for n, _ in config.adapters)}." if config.adapters else ""
     return f"""---

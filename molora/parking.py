@@ -10,10 +10,12 @@ from typing import Any, cast
 
 from torch import nn
 
+from molora.build import HEAD, Built
 from molora.checkpointing import unbind
 from molora.errors import ConfigError
 from molora.ffn import FFNRows
-from molora.install import HEAD, Built, Mixture, install, uninstall, wrappers_of
+from molora.fused import FusedExperts
+from molora.install import Mixture, install, uninstall, wrappers_of
 from molora.layers import SavedModule
 from molora.model import MixtureModel, adopt
 
@@ -40,7 +42,9 @@ def park(model: nn.Module) -> Parked:
         raise ConfigError(f"park: got a plain {type(model).__name__}, expected a model that carries a mixture")
     plain, mixture = cast(nn.Module, model), model._molora
     found = list(dict.fromkeys(wrappers_of(plain).values()))
-    wrappers = sorted(found, key=lambda m: isinstance(m, FFNRows))  # what is inside of a block goes in before it
+    wrappers = sorted(
+        found, key=lambda m: isinstance(m, FFNRows | FusedExperts)
+    )  # what is inside of a block goes in before it
     unbind(plain)
     uninstall(plain, mixture, parking=True)
     head = plain._modules.get(HEAD)
@@ -57,7 +61,7 @@ def unpark(model: nn.Module, parked: Parked) -> None:
     """Put a parked mixture on ``model`` again; nothing else may be in force there. If it fails, all is as before."""
     modules: dict[str, nn.Module] = {}
     for wrapper in cast(Any, parked.wrappers):
-        path = wrapper.path if isinstance(wrapper, SavedModule) else wrapper.site.path
+        path = wrapper.path if isinstance(wrapper, SavedModule | FusedExperts) else wrapper.site.path
         modules[path] = wrapper
         setattr(wrapper, _wrapped(wrapper), model.get_submodule(path))
     mixture, head = parked.mixture, cast(Any, parked._modules[HEAD])

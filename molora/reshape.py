@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from molora.bank import ExpertBank
+from molora.build import HEAD, generator
 from molora.config import MoloraConfig, Placement
 from molora.errors import ConfigError
-from molora.install import HEAD, Mixture, generator, sites_of
+from molora.install import Mixture, sites_of
 from molora.layers import MixtureLinear, RoutedModule
 from molora.routers import BiasedRouter, HiddenRouter, LinearRouter
 from molora.site import SiteConfig

@@ -8,15 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from molora.config import MoloraConfig, Placement, per_layer
-from molora.errors import AdapterError, ConfigError, TargetError, nearest
+from molora.errors import ConfigError, TargetError, nearest
 from molora.interop.peft_lora import LoraAdapter
 from molora.site import SiteConfig
 from molora.strict import PerLayer
 from molora.structure import FFNBlock, ffn_blocks
-from molora.targets import FUSED, Candidate, candidates, ends_with, fused_experts, refuse, targeted
+from molora.target_parameters import Stacked, targeted_parameters
+from molora.targets import FUSED, Candidate, candidates, ends_with, fused_experts, imported, targeted
 from molora.trace import Trace, trace
 
 __all__ = ["resolve"]
@@ -110,7 +111,9 @@ class _Resolver:
         alike = set() if again is None else set(ffn_blocks(again))
         return [b if b in alike else dataclasses.replace(b, act="", gated="") for b in blocks]
 
-    def resolve(self, targets: list[str]) -> list[SiteConfig]:
+    def resolve(
+        self, targets: list[str], stacks: list[Stacked], fused: Mapping[str, tuple[Tensor, Tensor, float]]
+    ) -> list[SiteConfig]:
         blocks = self.blocks(set(targets))
         members = {path for b in blocks for path in (*b.ups, b.down)}
         for i, p in enumerate(self.config.placements):
@@ -120,9 +123,31 @@ class _Resolver:
             else:
                 rest = [t for t in targets if p.select == "all" or t not in members]
                 self.sites += [self.site(t, i) for t in rest]
-        order = {path: n for n, (path, _) in enumerate(self.model.named_modules())}
+        self.sites += [self.stack(s, fused.get(s.path)) for s in stacks]
+        order: dict[str, int] = {}
+        for path, module in self.model.named_modules():
+            order |= {p: len(order) + i for i, p in enumerate((path, *(f"{path}.{n}" for n in module._parameters)))}
         self.sites.sort(key=lambda s: order[s.path])
         return [s.replace(index=n) for n, s in enumerate(self.sites)]
+
+    def stack(self, s: Stacked, ready: tuple[Tensor, Tensor, float] | None) -> SiteConfig:
+        """The site of stacked experts of the base; ``ready``: their LoRAs side by side, where they are ready-made."""
+        if ready is None:
+            _, (rank, *_), (scale, *_), _ = self.size(self.config.placements[0], s)
+        else:
+            rank, scale = ready[0].shape[0] // s.experts, ready[2]
+        return SiteConfig(
+            path=s.path,
+            placement=0,
+            role="parameter",
+            transposed=s.transposed,
+            layer=s.layer,
+            in_features=s.shape[0],
+            out_features=s.shape[1],
+            num_experts=s.experts,
+            ranks=(rank,),
+            scales=(scale,),
+        )
 
     def block(self, b: FFNBlock, i: int, p: Placement, targets: set[str]) -> list[SiteConfig]:
         """The sites of one feed-forward block under a router of its own."""
@@ -189,7 +214,14 @@ def resolve(model: nn.Module, config: MoloraConfig, adapters: Mapping[str, LoraA
     modules = {name: a.modules for name, a in adapters.items()}
     record, why = _try_trace(model)
     read = set() if record is None else record.read()
-    targets = _imported(model, config, modules, found, read) if modules else targeted(model, config, found, read=read)
+    stacks = targeted_parameters(model, config, record)
+    fused = {path: m for a in adapters.values() for path, m in a.fused.items()}
+    if stacks and not (config.target_modules and (not modules or any(modules.values()))):
+        targets = []  # the base's own experts alone
+    elif modules:
+        targets = imported(model, config, modules, found, read)
+    else:
+        targets = targeted(model, config, found, read=read)
     masks = {} if record is None else record.masks(_encoder_decoder(model))
     if any(p.router.scope == "model" for p in config.placements) and (
         _encoder_decoder(model) or len({masks[t] for t in targets if t in masks}) > 1
@@ -200,12 +232,13 @@ def resolve(model: nn.Module, config: MoloraConfig, adapters: Mapping[str, LoraA
         )
     for option, pairs in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for name, _ in pairs:
-            if not any(ends_with(t, name) for t in targets):
-                ends = sorted(_last(set(targets)))
+            adapted = {*targets, *(s.path for s in stacks)}
+            if not any(ends_with(t, name) for t in adapted):
+                ends = sorted(_last(adapted))
                 raise TargetError(
                     f"{option}: no adapted linear is named {name!r}{nearest(name, ends)} There are: {', '.join(ends)}"
                 )
-    return tuple(_Resolver(model, config, found, modules, record, why).resolve(targets))
+    return tuple(_Resolver(model, config, found, modules, record, why).resolve(targets, stacks, fused))
 
 
 def _try_trace(model: nn.Module, train: bool = False) -> tuple[Trace | None, str]:
@@ -214,20 +247,3 @@ def _try_trace(model: nn.Module, train: bool = False) -> tuple[Trace | None, str
         return trace(model, train), ""
     except Exception as e:  # noqa: BLE001 the model's own code runs here
         return None, f"{type(e).__name__}: {e}"
-
-
-def _imported(
-    model: nn.Module,
-    config: MoloraConfig,
-    modules: Mapping[str, Mapping[str, tuple[object, object, float]]],
-    found: Mapping[str, Candidate],
-    read: set[str],
-) -> list[str]:
-    """Union of the adapters' modules, cut to ``target_modules`` where that was given."""
-    union = {path for m in modules.values() for path in m}
-    union = {path for path in union if not any(ends_with(path, e) for e in config.exclude_modules)}
-    for path in sorted(union):
-        refuse(model, path, read)
-    if len(modules) > 1 and not any(sum(path in m for m in modules.values()) > 1 for path in union):
-        raise AdapterError(f"adapters {list(modules)}: no module is adapted by two of them, so there is nothing to mix")
-    return targeted(model, config, found, union, read)

@@ -15,7 +15,9 @@ __all__ = ["SiteConfig"]
 class SiteConfig(Strict):
     """One adapted module, resolved: everything needed to build it again without looking at names or patterns.
 
-    ``role``: ``linear``; ``up`` / ``down`` of an ffn unit; ``rows``, a feed-forward module run once per chosen expert.
+    ``role``: ``linear``; ``up`` / ``down`` of an ffn unit; ``rows``, a feed-forward module run once per chosen expert;
+    ``parameter``, stacked weights of ``num_experts`` experts of the base, each with a LoRA of its own: ``path`` is the
+    parameter's, and ``transposed`` says that each weight is stored as (in_features, out_features).
     ``act`` and ``gated``: on the sites of an ffn unit that is ``act(u) * v``, the activation, and which site makes u.
     ``block``: path that names the shared router's block, ``lead`` the site that owns it. ``layer``: -1 without an
     index. ``mask``: the forward argument that marks this stream's real tokens, empty for none. ``index``: position
@@ -25,6 +27,7 @@ class SiteConfig(Strict):
     path: str
     placement: int
     role: str = "linear"
+    transposed: bool = False
     act: str = ""
     gated: bool = False
     block: str = ""
@@ -41,7 +44,7 @@ class SiteConfig(Strict):
 
     def faults(self) -> list[str]:
         """Values out of range and options that contradict each other."""
-        out = choice("role", self.role, ("linear", "up", "down", "rows"))
+        out = choice("role", self.role, ("linear", "up", "down", "rows", "parameter"))
         out += choice("act", self.act, ("", *ACTIVATIONS))
         for name in ("in_features", "out_features", "num_experts"):
             out += at_least(name, getattr(self, name), 1, 2**32 if name != "num_experts" else MOST)
@@ -50,9 +53,16 @@ class SiteConfig(Strict):
                 out.append(f"{name}: got {len(values)} values for {self.num_experts} experts, expected 1 or one each")
         if self.ranks:
             out += at_least("ranks", self.ranks, 0, MOST)
+        if self.role == "parameter" and (len(self.ranks), len(self.scales)) != (1, 1):
+            out.append(f"{self.path[:200]}: got a parameter's experts of several ranks or scales, expected one of each")
         if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
             out.append(f"top_k: got {self.top_k} with {self.num_experts} experts")
         return out
+
+    def stacked(self) -> tuple[int, int, int]:
+        """The shape of the parameter of a site of role ``parameter``."""
+        widths = self.out_features, self.in_features
+        return (self.num_experts, *(widths[::-1] if self.transposed else widths))
 
     def expert_ranks(self) -> tuple[int, ...]:
         """The rank of each expert; empty for a site without a bank of its own."""

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from torch import nn
 
 from molora.config import MoloraConfig
-from molora.errors import ConfigError, TargetError, nearest
+from molora.errors import AdapterError, ConfigError, TargetError, nearest
 from molora.trace import linear_shape
 
-__all__ = ["FUSED", "Candidate", "candidates", "ends_with", "fused_experts", "layer_of", "refuse", "targeted"]
+__all__ = ["FUSED", "Candidate", "candidates", "ends_with", "fused_experts", "imported", "layer_of", "refuse"]
+__all__ += ["targeted"]
 
 
 CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)  # their weight has three dimensions, as stacked experts have
 FUSED = (
-    "the base's own experts are fused into parameters of three dimensions, not linears, and stay as they are; its "
-    "attention, shared experts and dense blocks can be adapted"
+    "the base's own experts are fused into parameters of three dimensions, not linears; recipe 'lora' adapts them by "
+    "target_parameters, and all recipes its attention, shared experts and dense blocks"
 )
 
 
@@ -210,3 +211,20 @@ def _named(
     for path in sorted(matched):
         refuse(model, path, read)
     return [p for p in found if p in matched]
+
+
+def imported(
+    model: nn.Module,
+    config: MoloraConfig,
+    modules: Mapping[str, Mapping[str, tuple[object, object, float]]],
+    found: Mapping[str, Candidate],
+    read: set[str],
+) -> list[str]:
+    """Union of the adapters' modules, cut to ``target_modules`` where that was given."""
+    union = {path for m in modules.values() for path in m}
+    union = {path for path in union if not any(ends_with(path, e) for e in config.exclude_modules)}
+    for path in sorted(union):
+        refuse(model, path, read)
+    if len(modules) > 1 and not any(sum(path in m for m in modules.values()) > 1 for path in union):
+        raise AdapterError(f"adapters {list(modules)}: no module is adapted by two of them, so there is nothing to mix")
+    return targeted(model, config, found, union, read)

@@ -48,12 +48,21 @@ class Trace:
     ops: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], list[Tensor]]] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     linears: list[_Shape] = field(default_factory=list)
+    stacks: dict[str, Tensor] = field(default_factory=dict)
+    spans: dict[str, list[range]] = field(default_factory=dict)
 
     def read(self) -> set[str]:
         """Paths of linears whose weight went into an operation of the model's own, past their forward."""
         weights = {id(m.weight): m.path for m in self.linears}
         used = (id(t) for _, args, kwargs, _ in self.ops for t in tree_flatten((args, kwargs))[0])
         return {weights[i] for i in used if i in weights}
+
+    def read_past(self) -> set[str]:
+        """Paths of parameters of three dimensions that were read while their own module was not being called."""
+        paths = {id(p): path for path, p in self.stacks.items()}
+        used = ((i, id(t)) for i, op in enumerate(self.ops) for t in tree_flatten(op[1:3])[0] if id(t) in paths)
+        reads = {(i, paths[k]) for i, k in used}
+        return {p for i, p in reads if not any(i in span for span in self.spans[p.rpartition(".")[0]])}
 
     def masks(self, encoder_decoder: bool) -> dict[str, str]:
         """For each linear, the forward argument that masks the tokens it saw; empty when there is none."""
@@ -116,12 +125,23 @@ def _hollow(model: nn.Module, trace: Trace, train: bool) -> nn.Module:
     choose = getattr(hollow, "set_experts_implementation", None)
     if choose is not None and any(p.ndim == 3 for p in hollow.parameters()):
         choose("batched_mm")  # the base's own experts in the one way that asks for no values and takes every dtype
-    for module in hollow.modules():
+    for path, module in hollow.named_modules():
         module._forward_hooks.clear()  # a caller's hooks expect values, and to run when the model does
         module._forward_pre_hooks.clear()
+        stacks = {f"{path}.{n}": p for n, p in module.named_parameters(recurse=False) if p.ndim == 3}
+        if stacks:
+            trace.stacks |= stacks
+            _record_calls(module, trace.spans.setdefault(path, []), trace)
         if getattr(module, "gradient_checkpointing", False):
-            module.gradient_checkpointing = False  # type: ignore[assignment]
+            module.gradient_checkpointing = False
     return hollow.train(train)
+
+
+def _record_calls(module: nn.Module, spans: list[range], trace: Trace) -> None:
+    """Append the operations of each call of ``module`` to ``spans``."""
+    starts: list[int] = []
+    module.register_forward_pre_hook(lambda *_: starts.append(len(trace.ops)))
+    module.register_forward_hook(lambda *_: spans.append(range(starts.pop(), len(trace.ops))))
 
 
 def _images(config: Any) -> tuple[int, int, int, int] | None:

@@ -35,14 +35,14 @@ ROWS: tuple[Row, ...] = (
     (1, ("molora.kernels",)),
     (2, ("molora.bank",)),
     (2, ("molora.routers",)),
-    (3, ("molora.layers", "molora.ffn", "molora.trace", "molora.structure")),
+    (3, ("molora.layers", "molora.ffn", "molora.fused", "molora.trace", "molora.structure")),
     (4, ("molora.checkpoint", "molora.adapter_config", "molora.fingerprint")),
     (
         4,
         ("molora.interop.peft_lora", "molora.interop.peft_config", "molora.interop.bin_file", "molora.interop.names")
-        + ("molora.interop.installed",),
+        + ("molora.interop.installed", "molora.interop.peft_stacked"),
     ),
-    (5, ("molora.targets", "molora.resolve", "molora.install")),
+    (5, ("molora.targets", "molora.target_parameters", "molora.resolve", "molora.build", "molora.install")),
     (
         6,
         ("molora.adapter_state", "molora.aux_loss", "molora.checkpointing", "molora.frames", "molora.model")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import molora
+from molora import build as making
 from molora import install as surgery
 from molora import model as gains
 from molora.bank import ExpertBank
@@ -47,7 +48,7 @@ def test_a_failing_swap_changes_nothing(recipe: str, name: str, monkeypatch: pyt
     donor = behaviours.shared_fresh(recipe, name)
     model = tiny.base_model(name)
     before = behaviours.snapshot(model)
-    built = surgery.build(model, donor._molora.config, donor._molora.sites)
+    built = making.build(model, donor._molora.config, donor._molora.sites)
     for n in range(len(built.modules)):
         with monkeypatch.context() as m:
             nth_call_raises(m, surgery, "_swap", n)
@@ -63,7 +64,7 @@ STEPS = [
     (ExpertBank, "reset_parameters", 3),
     (MixtureLinear, "__init__", 2),
     (ExpertBank, "set_expert", 4),
-    (surgery, "_head", 0),
+    (making, "_head", 0),
     (surgery, "_own", 1),
     (gains, "fingerprint", 0),
     (gains, "rebind", 0),

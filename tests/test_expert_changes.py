@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import molora
+from molora.build import HEAD
 from molora.errors import ConfigError
-from molora.install import HEAD, sites_of
+from molora.install import sites_of
 from molora.layers import MixtureLinear
 from tests import behaviours, tiny
 from tests.conftest import close

@@ -122,7 +122,7 @@ FAULTS: dict[str, dict[str, Fault]] = {
             "use_dora=True, expected plain LoRA; turn it into .*: molora.interop.to_lora",
         ),
         "replication": (rewrite(layer_replication=[[0, 2]]), "layer_replication"),
-        "fused": (rewrite(target_parameters=["mlp.experts.gate_up_proj"]), "expert-fastest"),
+        "fused": (rewrite(target_parameters=["mlp.experts.gate_up_proj"]), "the file has no matrices for them"),
         "names": (rewrite(modules_to_save="head"), "expected a list of names"),
     },
 }

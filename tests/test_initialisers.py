@@ -13,9 +13,9 @@ import yaml
 from torch import Tensor, nn
 
 import molora
+from molora.build import generator
 from molora.config import FROM_THE_BASE, STARTS, MoloraConfig
 from molora.errors import ConfigError
-from molora.install import generator
 from molora.interop.initialisers import STARTED_BY_PEFT, dealt
 from molora.layers import MixtureLinear
 from tests import tiny

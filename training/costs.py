@@ -112,7 +112,8 @@ class Activations:
     Per token, in elements: ``hidden``, ``query``, ``key_value``, ``vocabulary``: the base's; ``middle``: the
     feed-forward width times the slots of its unit; ``ranks``: all ranks of all sites (times the slots where a site sees
     them); ``routed`` and ``logits``: inputs and outputs of all routers; ``dropped``: inputs of all sites with dropout.
-    ``item``: bytes of one element of the base.
+    ``item``: bytes of one element of the base. Whatever the number of tokens: ``stacked``, elements of all adapted
+    parameters with experts of the base, and ``largest_stack``, of the largest of them.
     """
 
     layers: int
@@ -126,6 +127,8 @@ class Activations:
     logits: int
     dropped: int
     item: int
+    stacked: int = 0
+    largest_stack: int = 0
 
     def bytes(self, tokens: int, checkpointing: bool) -> int:
         """An estimate for a micro-batch of ``tokens``; attention as one fused operator.
@@ -134,6 +137,8 @@ class Activations:
         output; gate, up, their activation and product; two float32 norms). Experts: ``item ranks + 16 logits +
         (item + 1) dropped``, and ``4 routed``, a float32 copy, on a half-precision base. The model's logits:
         ``vocabulary (item + 8)``. With checkpointing: every layer's input, and one layer and its experts at a time.
+        Stacked experts of the base: their adapted copies, a layer's at a time with checkpointing, and the largest's
+        gradient, ``item (stacked + largest_stack)``.
         """
         base = self.item * (2 * self.hidden + 2 * self.query + 2 * self.key_value + 4 * self.middle) + 8 * self.hidden
         copied = 4 * self.routed if self.item < 4 else 0
@@ -141,4 +146,5 @@ class Activations:
         layers = self.layers * base + experts
         if checkpointing:
             layers = self.layers * self.item * self.hidden + -(-layers // self.layers)
-        return tokens * (layers + self.vocabulary * (self.item + 8))
+        copies = -(-self.stacked // self.layers) if checkpointing else self.stacked
+        return tokens * (layers + self.vocabulary * (self.item + 8)) + self.item * (copies + self.largest_stack)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
 
-from molora.install import HEAD, sites_of
-from molora.layers import MixtureLinear, RoutedModule, SavedModule
+from molora.build import HEAD
+from molora.install import sites_of
+from molora.layers import RoutedModule, SavedModule
 from molora.site import SiteConfig
 from molora.targets import layer_of
 from molora.training.costs import Activations, Weights
@@ -49,9 +51,10 @@ def _adapter_parameters(model: nn.Module) -> dict[int, tuple[str, nn.Parameter]]
         found.update((id(p), (kind, p)) for p in parameters)
 
     for _, module in sites_of(model).values():
-        if isinstance(module, MixtureLinear) and module.bank is not None:
-            add("A", [module.bank.lora_A])
-            add("B", [module.bank.lora_B])
+        bank = getattr(module, "bank", None)
+        if bank is not None:
+            add("A", [bank.lora_A])
+            add("B", [bank.lora_B])
         if module.router is not None:
             add("router", module.router.parameters())
     head = getattr(model, HEAD, None)
@@ -116,7 +119,9 @@ def _slots(site: SiteConfig) -> int:
 def activation_widths(model: nn.Module) -> Activations:
     """The widths of a converted language model, from its config and its sites."""
     text = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    routed = [module for _, module in sites_of(model).values()]
+    sites = [module for _, module in sites_of(model).values()]
+    routed = [m for m in sites if m.site.role != "parameter"]
+    stacks = [math.prod(m.site.stacked()) for m in sites if m.site.role == "parameter"]
     routers = [m.site for m in routed if m.router is not None and any(p.requires_grad for p in m.router.parameters())]
     repeated = {m.site.block: _slots(m.site) for m in routed if m.site.role == "rows"}
     units = [_slots(m.site) for m in routed if m.site.role in ("up", "down", "rows")]
@@ -139,6 +144,8 @@ def activation_widths(model: nn.Module) -> Activations:
         logits=sum(s.num_experts for s in routers),
         dropped=sum(m.site.in_features * seen(m) for m in routed if m.placement.lora_dropout and m.site.ranks),
         item=_item(model),
+        stacked=sum(stacks),
+        largest_stack=max(stacks, default=0),
     )
 
 
@@ -150,7 +157,7 @@ def dispatched(model: nn.Module) -> int:
     blocks = {s.block for s in sites if s.role == "rows"}
     total = 0
     for s in sites:
-        if s.num_experts == 1 or (s.block in blocks and s.role != "rows"):
+        if s.num_experts == 1 or s.role == "parameter" or (s.block in blocks and s.role != "rows"):
             continue
         ends = {"rows": 2 * s.in_features, "up": s.in_features * s.lead, "down": s.out_features}
         total += _slots(s) * ends.get(s.role, s.in_features + s.out_features)

@@ -137,8 +137,10 @@ def _assumed_adapter(model: PreTrainedModel, options: Mapping[str, Any]) -> Lora
     def matrix(*shape: int) -> torch.Tensor:
         return torch.empty(shape, device="meta")
 
+    sites = resolve(model, RECIPES["lora"](**options), {})
+    if any(s.role == "parameter" for s in sites):
+        raise ConfigError("assumed_adapters: got target_parameters, expected linears, which alone can be mixed")
     modules = {
-        s.path: (matrix(s.ranks[0], s.in_features), matrix(s.out_features, s.ranks[0]), s.scales[0])
-        for s in resolve(model, RECIPES["lora"](**options), {})
+        s.path: (matrix(s.ranks[0], s.in_features), matrix(s.out_features, s.ranks[0]), s.scales[0]) for s in sites
     }
     return LoraAdapter("", modules, None)

@@ -13,8 +13,9 @@ import transformers
 from torch import Tensor, nn
 
 from molora import context, processes
+from molora.build import HEAD
 from molora.errors import ConfigError
-from molora.install import HEAD, sites_of
+from molora.install import sites_of
 from molora.model import MixtureModel
 from molora.routers import update_biases
 from molora.training.finite import NonFiniteError, first_nonfinite, nonfinite_gradient
@@ -87,7 +88,8 @@ class Trainer(WholeCheckpoints):
             self.add_callback(self.interrupt)
 
     def _start_counting(self) -> None:
-        self._meter = RoutingMeter({m.site.path: m.site.num_experts for _, m in sites_of(self.model).values()})
+        sites = [m.site for _, m in sites_of(self.model).values()]
+        self._meter = RoutingMeter({s.path: s.num_experts for s in sites if s.role != "parameter"})
         self._aux: list[Tensor] = []
         self._last_logged = self.state.global_step
 

@@ -11,6 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from molora.errors import ConfigError, MoloraError
+from molora.fused import FusedParameter
 from molora.interop.initialisers import dealt
 from molora.interop.installed import installed_peft
 from molora.interop.merged import FAULTS
@@ -95,6 +96,11 @@ def _fresh(model: nn.Module) -> dict[str, MixtureLinear]:
         raise ConfigError("init_eva: got a plain model, expected a converted one; call molora.convert first")
     out = {}
     for path, m in model.named_modules():
+        if isinstance(m, FusedParameter):
+            raise ConfigError(
+                f"init_eva: {m.site.path} is no linear with an input that PEFT could look at; expected a "
+                "mixture without target_parameters"
+            )
         bank = m.bank if isinstance(m, MixtureLinear) else None
         if bank is None or not bank.lora_A.requires_grad or not sum(bank.ranks):
             continue

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from molora.adapter_state import stacks_of
+from molora.build import HEAD
 from molora.errors import ConfigError, nearest
-from molora.install import HEAD, Mixture, sites_of
+from molora.install import Mixture, sites_of
 from molora.interop.peft_lora import Module, write_peft_lora
 from molora.interop.peft_xlora import CLASSIFIER, PEFT_TYPE
 from molora.layers import MixtureLinear
@@ -148,7 +150,7 @@ def export_merged(model: nn.Module, save_directory: str | os.PathLike[str], weig
         "The mixture weighs its experts anew for each token; here each has one weight for all tokens, so outputs "
         f"differ from the mixture's. Written by molora's export_merged with weights\n\n    {str(weights)[:2000]}\n"
     )
-    write_peft_lora(save_directory, modules=modules, base_model_name=base, card=card)
+    write_peft_lora(save_directory, modules=modules, base_model_name=base, card=card, fused=stacks_of(model))
 
 
 def _banks(model: nn.Module) -> list[tuple[str, MixtureLinear]]:

@@ -179,4 +179,6 @@ def packed(adapters: Mapping[str, LoraAdapter]) -> dict[str, Tensor]:
         parts = [a.modules[path] for a in adapters.values() if path in a.modules]
         out[f"{path}.bank.lora_A"] = torch.cat([A for A, _, _ in parts])
         out[f"{path}.bank.lora_B"] = torch.cat([B for _, B, _ in parts], dim=1)
+    for path, (A, B, _) in (item for a in adapters.values() for item in a.fused.items()):
+        out |= {f"{path}.bank.lora_A": A, f"{path}.bank.lora_B": B}
     return out

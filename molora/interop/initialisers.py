@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from molora.bank import ExpertBank
+from molora.build import Built, generator
 from molora.errors import ConfigError
-from molora.install import Built, generator
 from molora.interop.installed import installed_peft
 from molora.interop.merged import linear_weight
 from molora.layers import MixtureLinear

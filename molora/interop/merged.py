@@ -13,8 +13,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from molora.build import generator
 from molora.errors import AdapterError, MoloraError
-from molora.install import generator
 from molora.interop.installed import installed_peft
 from molora.staged import WEIGHTS
 

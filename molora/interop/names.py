@@ -10,24 +10,28 @@ from molora.errors import AdapterError
 __all__ = ["exact_pattern", "first_match", "renamings"]
 
 _PLAIN = re.compile(r"\^?(?:[\w.-]|\\[^\w\s])+")
+_INSIDE = r".*\."  # what PEFT itself writes before the name of experts that it found stacked
 
 
 def first_match(patterns: Iterable[str], path: str, what: str) -> str | None:
     """The first of ``patterns`` that PEFT would apply to the module ``path``: ``re.match(rf"(.*\\.)?({key})$", path)``.
 
-    A plain name fits the end of a path by whole components, from the start with ``^``. A bare dot fits any character.
+    A plain name fits the end of a path by whole components, from the start with ``^``, and less than the whole path
+    after a leading "anything and a dot". A bare dot fits any character.
 
     Raises:
         AdapterError: naming ``what``, for a pattern that is not a plain name.
     """
     found = None
     for pattern in patterns:
-        if not _PLAIN.fullmatch(pattern):
+        plain = pattern.removeprefix(_INSIDE)
+        if not _PLAIN.fullmatch(plain) or (plain != pattern and plain.startswith("^")):
             raise AdapterError(
                 f"{what}: got {pattern[:200]!r}, expected plain module names: a regular expression out of a file is "
                 "not run; save the adapter with one entry for each module"
             )
-        if found is None and _fits(pattern, path):
+        rest = path if plain == pattern else path.partition(".")[2]
+        if found is None and _fits(plain, rest):
             found = pattern
     return found
 

@@ -10,7 +10,16 @@ from typing import Any
 from molora.errors import AdapterError
 from molora.interop.names import first_match
 
-__all__ = ["PEFT_TYPE", "check_start", "refuse", "saved_names", "scale", "targeted_parameter"]
+__all__ = [
+    "PEFT_TYPE",
+    "WEIGHT",
+    "check_start",
+    "named_parameters",
+    "refuse",
+    "saved_names",
+    "scale",
+    "targeted_parameter",
+]
 
 PEFT_TYPE = "LORA"
 
@@ -48,14 +57,7 @@ def refuse(path: Path, config: Mapping[str, Any]) -> None:
             raise AdapterError(f"{path}: got {got}, expected plain LoRA: nothing else can be an expert")
     if config.get("bias", "none") != "none":
         raise AdapterError(f"{path}: got bias={str(config['bias'])[:100]!r}, expected 'none': an expert has no bias")
-    names = _texts(path, config, "target_parameters")
-    fused = [n for n in names if not n.endswith(WEIGHT)]
-    if fused:
-        raise AdapterError(
-            f"{path}: got target_parameters={fused[:3]}, expected weights of linears (names that end in '{WEIGHT}'): "
-            "experts of a base model that are fused into one parameter (PEFT packs their columns of B expert-fastest) "
-            "are reached through the base's own router, which no mixture on a linear can follow"
-        )
+    named_parameters(path, config)
 
 
 def _remedy(path: Path) -> str:
@@ -96,28 +98,40 @@ def saved_names(path: Path, config: Mapping[str, Any]) -> list[str]:
     return _texts(path, config, "modules_to_save")
 
 
+def named_parameters(path: Path, config: Mapping[str, Any]) -> list[str]:
+    """``target_parameters``: name endings of parameters, of linears and of stacked experts."""
+    return _texts(path, config, "target_parameters")
+
+
 def targeted_parameter(config: Mapping[str, Any], module: str) -> bool:
     """Whether PEFT reached the linear ``module`` through ``target_parameters``, by the name of its weight."""
     whole = module + WEIGHT
     return any(whole == name or whole.endswith("." + name) for name in config.get("target_parameters") or ())
 
 
-def scale(path: Path, config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA; alpha by the first pattern that fits the module."""
+def _value(path: Path, config: Mapping[str, Any], module: str, name: str, patterns: str) -> Any:
+    """What the config says of ``name`` for a module: by the first pattern that fits, else for all of them."""
     named = module + WEIGHT if targeted_parameter(config, module) else module  # PEFT matches patterns so
-    values: dict[str, Any] = {}
-    for name, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        table = config.get(patterns) or {}
-        if not isinstance(table, dict):
-            raise AdapterError(f"{path}: {patterns}: got {type(table).__name__}, expected an object")
-        key = first_match(table, named, f"{path}: {patterns}")
-        values[name] = config.get(name, 8) if key is None else table[key]
-    r, alpha = values["r"], values["lora_alpha"]
-    if type(r) is not int or r != rank:
-        raise AdapterError(f"{path}: {module}: got r={str(r)[:100]}, but its weights have rank {rank}")
+    table = config.get(patterns) or {}
+    if not isinstance(table, dict):
+        raise AdapterError(f"{path}: {patterns}: got {type(table).__name__}, expected an object")
+    key = first_match(table, named, f"{path}: {patterns}")
+    return config.get(name, 8) if key is None else table[key]
+
+
+def rank(path: Path, config: Mapping[str, Any], module: str) -> Any:
+    """The rank that the config gives to a module, or a parameter by its path; of any type."""
+    return _value(path, config, module, "r", "rank_pattern")
+
+
+def scale(path: Path, config: Mapping[str, Any], module: str, rank_found: int) -> float:
+    """alpha / r, or alpha / sqrt(r) with rank-stabilised LoRA; alpha by the first pattern that fits the module."""
+    r, alpha = rank(path, config, module), _value(path, config, module, "lora_alpha", "alpha_pattern")
+    if type(r) is not int or r != rank_found:
+        raise AdapterError(f"{path}: {module}: got r={str(r)[:100]}, but its weights have rank {rank_found}")
     if isinstance(alpha, bool) or not isinstance(alpha, int | float):
         raise AdapterError(f"{path}: {module}: got lora_alpha={str(alpha)[:100]!r}, expected a number")
     rs = config.get("use_rslora", False)
     if not isinstance(rs, bool):
         raise AdapterError(f"{path}: got use_rslora={str(rs)[:100]!r}, expected true or false")
-    return alpha / (math.sqrt(rank) if rs else rank)
+    return alpha / (math.sqrt(rank_found) if rs else rank_found)

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from molora.errors import AdapterError, CheckpointError, nearest
 from molora.interop.bin_file import load_pickle
 from molora.interop.names import exact_pattern, renamings
 from molora.interop.peft_config import PEFT_TYPE, refuse, saved_names, scale, targeted_parameter
+from molora.interop.peft_stacked import module_of, parted, stacked_names, to_file
 from molora.staged import CONFIG, CONFIG_LIMIT, WEIGHTS, save_folder
 from molora.strict_json import read_object
 from molora.tensor_file import TensorFile
@@ -40,7 +42,9 @@ class LoraAdapter:
     A and B are stored this way round whatever ``fan_in_fan_out`` says: that is about the base weight (GPT-2's Conv1D),
     to which PEFT would add the transpose of B A. ``saved``: parameters of modules that were trained whole, by their
     names in the base, and ``saved_names`` the config's names for them. ``parameters``: modules that PEFT reached as
-    parameters; there it takes the weight as it is stored.
+    parameters; there it takes the weight as it is stored. ``fused``: LoRAs of stacked experts by the parameter's path,
+    A (E r, in) and B (out, E r) expert after expert; ``stacks``: what the file has of them, until the model says whose
+    they are (:func:`molora.interop.peft_stacked.placed`).
     """
 
     folder: str
@@ -49,15 +53,23 @@ class LoraAdapter:
     saved: dict[str, Tensor] = field(default_factory=dict)
     saved_names: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
+    fused: dict[str, Module] = field(default_factory=dict)
+    stacks: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_peft_lora(
-    folder: str | os.PathLike[str], *, allow_pickle: bool = False, allow_saved: bool = False
+    folder: str | os.PathLike[str],
+    *,
+    allow_pickle: bool = False,
+    allow_saved: bool = False,
+    allow_stacked: bool = False,
 ) -> LoraAdapter:
     """Read a PEFT LoRA folder: ranks from the shapes, scale alpha / r or alpha / sqrt(r), per-module patterns.
 
     ``allow_pickle`` admits ``adapter_model.bin``, read with ``weights_only=True``, where there is no safetensors file;
-    ``allow_saved`` whole trained modules (``modules_to_save``), which no expert can have.
+    ``allow_saved`` whole trained modules (``modules_to_save``), and ``allow_stacked`` LoRAs of the base's own stacked
+    experts (``target_parameters``), neither of which an expert of a mixture can have.
 
     Raises:
         AdapterError: for anything that is not plain LoRA on linears, or not whole; with the file and the remedy.
@@ -74,9 +86,17 @@ def read_peft_lora(
             f"{folder / CONFIG}: got modules_to_save={str(names)[:100]}, expected none: whole trained modules cannot "
             "be mixed; train them with molora's own modules_to_save"
         )
+    stacked = stacked_names(folder / CONFIG, config)
+    if stacked and not allow_stacked:
+        raise AdapterError(
+            f"{folder / CONFIG}: got target_parameters={list(stacked[:3])}, the base model's own experts, expected "
+            "linears: these are reached through the base's router, which no gate of a mixture can follow; "
+            "molora.load(base, folder) takes the adapter as it is, alone"
+        )
     tensors = _tensors(folder, allow_pickle)
     saved = {k: t for k, t in tensors.items() if any(f".{n}." in f".{k}" for n in names) and _split(k)[1] is None}
-    pairs = _pairs(folder, {k: t for k, t in tensors.items() if k not in saved})
+    found = _pairs(folder, {k: t for k, t in tensors.items() if k not in saved})
+    pairs, stacks = parted(folder / CONFIG, config, found, stacked)
     name = config.get("base_model_name_or_path")
     return LoraAdapter(
         folder=str(folder),
@@ -85,6 +105,8 @@ def read_peft_lora(
         saved={k.removeprefix(PREFIX): t for k, t in saved.items()},
         saved_names=tuple(names),
         parameters=tuple(path for path in pairs if targeted_parameter(config, path)),
+        stacks=stacks,
+        settings=config,
     )
 
 
@@ -149,7 +171,7 @@ def align(adapter: LoraAdapter, module_paths: Iterable[str]) -> dict[str, Module
 
 def renaming(adapter: LoraAdapter, module_paths: Iterable[str]) -> dict[str, str]:
     """The adapter's names of modules, also of those trained whole, to the model's; errors as :func:`align`."""
-    wholes = sorted({n.rpartition(".")[0] for n in adapter.saved})
+    wholes = sorted({n.rpartition(".")[0] for n in adapter.saved} | {module_of(n) for n in adapter.stacks})
     names, paths = [*adapter.modules, *wholes], dict.fromkeys(module_paths)
     ways = renamings(names, paths)
     if len(ways) == 1:
@@ -172,20 +194,25 @@ def write_peft_lora(
     modules: Mapping[str, Module],
     base_model_name: str | None,
     card: str | None = None,
+    fused: Mapping[str, tuple[Tensor, Tensor, float, int]] | None = None,
 ) -> None:
     """Save ``modules`` (path to A (r, in), B (out, r), scale) as a folder that PEFT loads and computes alike.
 
-    Modules of rank 0 are left out; ``card`` becomes the README.md. Staged like molora's own folders, but PEFT checks
+    Modules of rank 0 are left out. ``fused``: path of a stacked parameter, those of a module in its order, to A (E r,
+    in), B (out, E r), scale and E. ``card`` becomes the README.md. Staged like molora's own folders, but PEFT checks
     no digest: a crash while an export is written over an older one may leave the new weights beside the old config.
 
     Raises:
         CheckpointError: when nothing is left to save, or the folder cannot be written or holds something else.
     """
     kept = {path: m for path, m in modules.items() if m[0].shape[0]}
-    if not kept:
+    stacks = dict(fused or {})
+    if not kept and not stacks:
         raise CheckpointError(f"{folder}: got no module of rank 1 or more, expected something to save")
     ranks = {path: A.shape[0] for path, (A, _, _) in kept.items()}
-    alphas = {path: _whole(scale * ranks[path]) for path, (_, _, scale) in kept.items()}
+    ranks |= {path: A.shape[0] // E for path, (A, _, _, E) in stacks.items()}
+    scales = {path: m[2] for path, m in kept.items()} | {path: m[2] for path, m in stacks.items()}
+    alphas = {path: _whole(scale * ranks[path]) for path, scale in scales.items()}
     r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
     config = {
         "peft_type": PEFT_TYPE,
@@ -197,6 +224,7 @@ def write_peft_lora(
         "rank_pattern": {exact_pattern(p): n for p, n in ranks.items() if n != r},
         "alpha_pattern": {exact_pattern(p): a for p, a in alphas.items() if a != alpha},
         "target_modules": sorted(kept),
+        **({"target_parameters": sorted(stacks)} if stacks else {}),
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
@@ -205,7 +233,8 @@ def write_peft_lora(
         "init_lora_weights": True,
     }
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    tensors = {f"{PREFIX}{p}.lora_{x}.weight": t for p, m in kept.items() for x, t in zip("AB", m[:2], strict=True)}
+    pairs = {path: m[:2] for path, m in kept.items()} | to_file(stacks)
+    tensors = {f"{PREFIX}{p}.lora_{x}.weight": t for p, m in pairs.items() for x, t in zip("AB", m, strict=True)}
     save_folder(Path(folder), peft_type=PEFT_TYPE, tensors=tensors, describe=lambda _: text, card=card)
 
 

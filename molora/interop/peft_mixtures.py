@@ -10,10 +10,11 @@ from typing import Any, cast
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from molora.build import HEAD, Built, build
 from molora.checkpoint import PREFIX
 from molora.convert import convert
 from molora.errors import AdapterError, ConfigError
-from molora.install import HEAD, Built, Mixture, build, install
+from molora.install import Mixture, install
 from molora.interop.peft_settings import MixtureConfig
 from molora.interop.peft_weights import digest, keys_of, trained
 from molora.load import wrappers_for

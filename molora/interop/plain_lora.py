@@ -57,11 +57,15 @@ def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:
     elif named:
         picked = asked.optional("adapters", str, "")
         folder = _chosen(folder, named, picked) if picked else folder
-    adapter = aligned(model, "default", str(folder), allow_pickle=asked.allow_pickle, allow_saved=True)
+    adapter = aligned(model, "default", str(folder), allow_pickle=asked.allow_pickle, alone=True)
     paths, tensors = _trained(adapter, model)
     placement = Placement(imported=True, router=RouterConfig(kind="fixed"))
     config = MoloraConfig(
-        recipe="lora", placements=(placement,), adapters=(("default", str(folder)),), modules_to_save=tuple(paths)
+        recipe="lora",
+        placements=(placement,),
+        target_parameters=tuple(sorted(adapter.fused)),
+        adapters=(("default", str(folder)),),
+        modules_to_save=tuple(paths),
     )
     return Foreign(config, {"default": adapter}, tensors)
 

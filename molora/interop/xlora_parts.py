@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from molora.build import HEAD
 from molora.errors import AdapterError, ConfigError
-from molora.install import HEAD
 from molora.interop.foreign import Asked, Foreign
 from molora.interop.peft_lora import LoraAdapter
 from molora.recipes import RECIPES

@@ -25,7 +25,9 @@ class Common:
     """Options that every recipe takes; names and meaning are PEFT's where PEFT has them.
 
     ``r`` and ``lora_alpha``: rank and scale numerator of each expert. ``target_modules``: list of name endings, a
-    regular expression over whole paths, or ``"all-linear"``. ``rank_pattern`` / ``alpha_pattern``: name ending to
+    regular expression over whole paths, or ``"all-linear"``. ``target_parameters``: name endings of parameters (E, a,
+    b) that hold the base's own experts, which recipe ``lora`` adapts beside the linears (:mod:`molora.fused`); with
+    ``target_modules=[]``, alone. ``rank_pattern`` / ``alpha_pattern``: name ending to
     value. ``balance_scope``: ``"sequence"`` (additive over rows) or ``"batch"`` (as published). ``kernel``: a key of
     ``KERNELS`` or ``"auto"``. ``released``: reproduce released code where it differs from the paper.
 
@@ -40,6 +42,7 @@ class Common:
     lora_alpha: float = 16
     lora_dropout: float = 0.0
     target_modules: str | list[str] | tuple[str, ...] = "all-linear"
+    target_parameters: list[str] | tuple[str, ...] = ()
     exclude_modules: list[str] | tuple[str, ...] | str = ()
     layers_to_transform: int | list[int] | tuple[int, ...] = ()
     modules_to_save: list[str] | tuple[str, ...] = ()
@@ -75,6 +78,7 @@ class Common:
             recipe=name,
             placements=placements,
             target_modules=as_tuple(self.target_modules),
+            target_parameters=_names(self.target_parameters),
             exclude_modules=_names(self.exclude_modules),
             layers_to_transform=(layers,) if isinstance(layers, int) else as_tuple(layers),
             modules_to_save=_names(self.modules_to_save),

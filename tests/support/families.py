@@ -25,7 +25,8 @@ class Family(NamedTuple):
     """A row: how the README calls it, how a base is made, and which of tiny's batches it takes.
 
     ``cached``: whether the bare base generates the same with its cache as without, so that a mixture could.
-    ``note``: the key of a note that belongs to every "yes" of the row.
+    ``note``: the key of a note that belongs to every "yes" of the row. ``parameters``: what is asked for as
+    ``target_parameters``, beside the usual linears.
     """
 
     title: str
@@ -33,6 +34,7 @@ class Family(NamedTuple):
     batch: str = "llama"
     cached: bool = True
     note: str = ""
+    parameters: tuple[str, ...] = ()
 
 
 def _tiny(name: str, title: str) -> Family:
@@ -129,6 +131,15 @@ FAMILIES: dict[str, Family] = {
     "clip": _tiny("clip", "CLIP"),
     "llava": Family("LLaVA", _llava, "llava"),
 }  # fmt: skip
+
+# Bases with stacked experts of their own, which are adapted, too.
+FAMILIES |= {
+    f"{name}_experts": FAMILIES[name]._replace(
+        title=f"{FAMILIES[name].title.partition(' (')[0]}, its own experts too (`target_parameters`)",
+        parameters=("experts.gate_up_proj", "experts.down_proj"),
+    )
+    for name in ("mixtral", "olmoe", "qwen3_moe", "deepseek", "gpt_oss")
+}
 
 
 def _wide() -> Any:

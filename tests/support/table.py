@@ -36,6 +36,8 @@ REFUSALS = {
     "the layer runs outside of the converted model's forward": "raises in the recompute, which does not know the "
     "forward it belongs to; use the model's own checkpointing",
     "forward is replaced on this": "convert or load first, then dispatch",
+    "the base's experts run as one function": "a base's experts run as one function of weights that all its tokens "
+    "share, and a mixture's weights depend on the token",
     "mixes experts by the token": "the weights depend on the token, so no fixed weight gives the same outputs",
 }
 NOTES = {

@@ -39,6 +39,8 @@ def adapters(family: str) -> dict[str, str]:
 def options(recipe: str, family: str) -> dict[str, Any]:
     """Those of the small version of ``recipe``, with adapters for this base."""
     own = {"adapters": adapters(family)} if recipe in tiny.IMPORTING else {}
+    named = FAMILIES[family].parameters
+    own |= {"target_parameters": list(named)} if named else {}
     return {**tiny.SMALL[recipe], **own, **ASKED.get((recipe, family), ({}, ""))[0]}
 
 
