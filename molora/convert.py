@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -11,20 +12,31 @@ from torch import nn
 
 from molora.config import MoloraConfig
 from molora.errors import AdapterError, ConfigError, nearest
-from molora.install import Built, build, check_forward, check_tables, generator, install
+from molora.install import Built, build, check_tables, generator, install
 from molora.interop.initialisers import start_experts
 from molora.interop.peft_lora import LoraAdapter, read_peft_lora, renaming
 from molora.layers import MixtureLinear
 from molora.model import MixtureModel, adopt
 from molora.recipes import RECIPES
 from molora.resolve import resolve
-from molora.targets import candidates
+from molora.targets import candidates, check_forward
 
-__all__ = ["aligned", "config_of", "convert", "put_on"]
+__all__ = ["aligned", "config_of", "convert", "on_cpu", "put_on"]
 
 M = TypeVar("M", bound=nn.Module)
 
 
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """Within the block, tensors without a device of their own are made on the CPU and can be trained.
+
+    That is so in most programs; not under ``torch.set_default_device``, ``with torch.device(...)`` or inference mode.
+    """
+    with torch.inference_mode(False), torch.device("cpu"):
+        yield
+
+
+@on_cpu()
 def convert(model: M, recipe: str | MoloraConfig, *, seed: int = 0, **options: Any) -> M:
     """Put a mixture of LoRA experts on ``model``, in place; freezes the base and returns the same object.
 

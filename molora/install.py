@@ -18,8 +18,9 @@ from molora.kernels.dispatch import known
 from molora.layers import MixtureLinear, Owner, RoutedModule, SavedModule
 from molora.routers import BALANCES, ROUTERS, BiasedRouter, HiddenRouter
 from molora.site import SiteConfig
+from molora.targets import check_calls, check_forward
 
-__all__ = ["HEAD", "Built", "Mixture", "build", "check_forward", "check_tables", "install", "sites_of"]
+__all__ = ["HEAD", "Built", "Mixture", "build", "check_tables", "install", "sites_of"]
 __all__ += ["uninstall", "wrappers_of"]
 
 HEAD = "molora_router"  # attribute of the model that holds a model-wide router
@@ -165,22 +166,15 @@ def _places(model: nn.Module) -> dict[int, list[str]]:
     return places
 
 
-def check_forward(model: nn.Module) -> None:
-    """TargetError for a model whose ``forward`` was replaced on the instance: ours would never run."""
-    if "forward" in vars(model):
-        raise TargetError(
-            f"forward is replaced on this {type(model).__name__} (a device map with hooks, or a patch), so what the "
-            "mixture does around it would be skipped; convert or load first, then dispatch or patch"
-        )
-
-
 def install(model: nn.Module, built: Built, again: bool = False) -> Mixture:
     """Swap the wrappers in and freeze the base. On any failure the model is put back as it was.
 
-    TargetError for a model whose ``forward`` was replaced on the instance, unless ``again``: it was a mixture's before.
+    TargetError for a wrapper that would not be called, and for a model whose ``forward`` was replaced on the instance,
+    unless ``again``: it was a mixture's before.
     """
     if not again:
         check_forward(model)
+    check_calls(model, built.modules)
     trainable = tuple(n for n, p in model.named_parameters() if p.requires_grad)
     frozen = [p for p in model.parameters() if p.requires_grad]
     places = _places(model)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from molora import processes
 from molora.adapter_state import saved_tensors
 from molora.checkpoint import Described, check_fingerprint, load_tensors, read_adapter
+from molora.convert import on_cpu
 from molora.errors import AdapterError, ConfigError, TargetError
 from molora.install import HEAD, Built, build, install
 from molora.interop.foreign import Asked, Importer, packed
@@ -27,6 +28,7 @@ __all__ = ["from_pretrained", "load", "restore", "wrappers_for"]
 M = TypeVar("M", bound=nn.Module)
 
 
+@on_cpu()
 def load(
     base_model: M,
     folder: str | os.PathLike[str],

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from molora.config import MoloraConfig
 from molora.errors import ConfigError, TargetError, nearest
 from molora.trace import linear_shape
 
-__all__ = ["FUSED", "Candidate", "candidates", "ends_with", "fused_experts", "layer_of", "refuse", "targeted"]
-
+__all__ = ["FUSED", "Candidate", "candidates", "check_calls", "check_forward", "ends_with", "fused_experts"]
+__all__ += ["layer_of", "refuse", "targeted"]
 
 CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)  # their weight has three dimensions, as stacked experts have
 FUSED = (
@@ -103,6 +104,26 @@ def fused_experts(model: nn.Module) -> list[str]:
     ]
 
 
+def check_forward(model: nn.Module) -> None:
+    """TargetError for a model whose ``forward`` was replaced on the instance: ours would never run."""
+    if "forward" in vars(model):
+        raise TargetError(
+            f"forward is replaced on this {type(model).__name__} (a device map with hooks, or a patch), so what the "
+            "mixture does around it would be skipped; convert or load first, then dispatch or patch"
+        )
+
+
+def check_calls(model: nn.Module, paths: Iterable[str]) -> None:
+    """TargetError for linears whose weights PyTorch's own encoder layer reads in eval mode, past their experts."""
+    fast = [p for p in paths if isinstance(_parent(model, p), nn.TransformerEncoderLayer)]
+    if fast and torch.backends.mha.get_fastpath_enabled():
+        raise TargetError(
+            f"{fast[0]}: nn.TransformerEncoderLayer reads this weight in eval mode and never calls the linear, so that "
+            "experts on it would do nothing; call torch.backends.mha.set_fastpath_enabled(False) first, here and "
+            "wherever the adapter is used"
+        )
+
+
 def refuse(model: nn.Module, path: str, read: Set[str]) -> None:
     """TargetError for a module that was named but cannot be adapted; ``read`` as for :func:`targeted`."""
     module = model.get_submodule(path)
@@ -170,6 +191,11 @@ def targeted(
         raise ConfigError(f"layers_to_transform: got {unknown}, expected indices from 0 to {last}")
     if config.layers_to_transform:
         picked = [p for p in picked if found[p].layer in config.layers_to_transform]
+    lazy = [p for p in picked if not all(found[p].shape)]
+    if lazy:
+        raise TargetError(
+            f"{lazy[0]}: this linear has no widths before its first use; run the model once, then convert"
+        )
     if not picked:
         raise TargetError(
             f"target_modules={wanted!r} with exclude_modules={config.exclude_modules!r} matches no linear; there are: "
