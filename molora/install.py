@@ -241,4 +241,5 @@ def uninstall(model: nn.Module, mixture: Mixture, parking: bool = False) -> None
         model._modules.pop(HEAD, None)
     names: Mapping[str, nn.Parameter] = dict(model.named_parameters())
     for name in mixture.trainable:
-        names[name].requires_grad_(True)
+        if name in names:  # not one that was tied to another, or taken away, since
+            names[name].requires_grad_(True)

@@ -217,7 +217,7 @@ def _matching(model: nn.Module, option: str, name: str, found: Mapping[str, Cand
         raise TargetError(f"{option}: got {name!r}, which is the parameter {fused[0]}; {FUSED}")
     if not hits:
         raise TargetError(
-            f"{option}: no module is named {name!r}{nearest(name, _endings(found))} "
+            f"{option}: no module is named {name!r}{nearest(name, _endings(found)) or '.'} "
             f"The model's linears are named: {', '.join(_endings(found))}"
         )
     return hits

@@ -68,6 +68,16 @@ def test_experts_whose_b_is_fixed_stay_so(tmp_path: Path) -> None:
     assert {m.site.num_experts for _, m in sites_of(again.get_base_model()).values()} == {2}
 
 
+def test_the_inner_model_may_be_unloaded_first() -> None:
+    model = get_peft_model(tiny.base_model("llama"), config("mola"), adapter_name="a")
+    model.add_adapter("b", config("lora"))
+    model.get_base_model().unload()
+    base = model.unload()
+    assert vars(base).keys() == vars(tiny.base_model("llama")).keys()
+    assert [n for n, _ in base.named_modules()] == [n for n, _ in tiny.base_model("llama").named_modules()]
+    assert all(p.requires_grad for p in base.parameters())
+
+
 def test_a_switch_that_fails_leaves_a_frozen_mixture_frozen() -> None:
     model = get_peft_model(tiny.base_model("llama"), config("lora"), adapter_name="a")
     model.add_adapter("b", config("mola"))

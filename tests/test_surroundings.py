@@ -71,6 +71,15 @@ def test_hooks_of_the_caller_are_not_copied_and_stay() -> None:
     assert log.calls == 4
 
 
+def test_weights_that_were_tied_meanwhile_do_not_stop_an_unload() -> None:
+    model = molora.convert(tiny.base_model("llama"), "mola", r=2)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    base = model.unload()
+    assert type(base) is type(tiny.base_model("llama"))
+    assert not hasattr(base, "_molora")
+    assert all(p.requires_grad for p in base.parameters())
+
+
 class Plain(nn.Module):
     """Two blocks of linears; its classes differ in how their forward takes its arguments."""
 

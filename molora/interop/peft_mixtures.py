@@ -113,7 +113,7 @@ class NamedMixtures(nn.Module, BaseTunerLayer):
         """Drop all mixtures, and this: the base model as it was before the first, or with the only expert merged."""
         if merge:
             cast(Any, self.model).merge_and_unload()
-        elif self._active_adapter:
+        elif self._active_adapter and isinstance(self.model, MixtureModel):  # its own unload() may have been called
             self.set_adapter([])
         self._hook.remove()
         for place in (PLACE, HEAD):
