@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,11 +25,22 @@ from molora.resolve import resolve
 from molora.staged import CONFIG
 from molora.targets import candidates
 
-__all__ = ["aligned", "config_of", "convert", "put_on"]
+__all__ = ["aligned", "config_of", "convert", "on_cpu", "put_on"]
 
 M = TypeVar("M", bound=nn.Module)
 
 
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """Within the block, tensors without a device of their own are made on the CPU and can be trained.
+
+    That is so in most programs; not under ``torch.set_default_device``, ``with torch.device(...)`` or inference mode.
+    """
+    with torch.inference_mode(False), torch.device("cpu"):
+        yield
+
+
+@on_cpu()
 def convert(model: M, recipe: str | MoloraConfig, *, seed: int = 0, **options: Any) -> M:
     """Put a mixture of LoRA experts on ``model``, in place; freezes the base and returns the same object.
 

@@ -11,18 +11,19 @@ from molora.context import Frame, editor_of, tape_of
 from molora.errors import ConfigError
 from molora.install import Mixture
 
-__all__ = ["arguments_of", "open_frame"]
+__all__ = ["REST", "arguments_of", "open_frame"]
 
+REST = "*"  # stands for the positional arguments that a forward takes without a name
 MASKS = {"attention_mask": ("input_ids", "inputs_embeds"), "decoder_attention_mask": ("decoder_input_ids",)}
 
 
 def arguments_of(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments by name, as the base's forward would bind them.
+    """Arguments by name, as the base's forward would bind them; ``names``: of those that may be positional.
 
     Raises:
         TypeError: for too many positional arguments, or one given twice.
     """
-    if len(args) > len(names) or any(n in kwargs for n in names[: len(args)]):
+    if (len(args) > len(names) and REST not in names) or any(n in kwargs for n in names[: len(args)]):
         raise TypeError(f"forward: got {len(args)} positional arguments besides {sorted(kwargs)}, expected {names}")
     return {**dict(zip(names, args, strict=False)), **kwargs}
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from molora.build import HEAD, Built
@@ -53,13 +54,26 @@ def check_forward(model: nn.Module) -> None:
         )
 
 
+def check_calls(model: nn.Module, paths: Iterable[str]) -> None:
+    """TargetError for linears whose weights PyTorch's own encoder layer reads in eval mode, past their experts."""
+    fast = [p for p in paths if isinstance(model.get_submodule(p.rpartition(".")[0]), nn.TransformerEncoderLayer)]
+    if fast and torch.backends.mha.get_fastpath_enabled():
+        raise TargetError(
+            f"{fast[0]}: nn.TransformerEncoderLayer reads this weight in eval mode and never calls the linear, so that "
+            "experts on it would do nothing; call torch.backends.mha.set_fastpath_enabled(False) first, here and "
+            "wherever the adapter is used"
+        )
+
+
 def install(model: nn.Module, built: Built, again: bool = False) -> Mixture:
     """Swap the wrappers in and freeze the base. On any failure the model is put back as it was.
 
-    TargetError for a model whose ``forward`` was replaced on the instance, unless ``again``: it was a mixture's before.
+    TargetError for a wrapper that would not be called, and for a model whose ``forward`` was replaced on the instance,
+    unless ``again``: it was a mixture's before.
     """
     if not again:
         check_forward(model)
+    check_calls(model, built.modules)
     trainable = tuple(n for n, p in model.named_parameters() if p.requires_grad)
     frozen = [p for p in model.parameters() if p.requires_grad]
     places = _places(model)
@@ -128,4 +142,5 @@ def uninstall(model: nn.Module, mixture: Mixture, parking: bool = False) -> None
         model._modules.pop(HEAD, None)
     names: Mapping[str, nn.Parameter] = dict(model.named_parameters())
     for name in mixture.trainable:
-        names[name].requires_grad_(True)
+        if name in names:  # not one that was tied to another, or taken away, since
+            names[name].requires_grad_(True)

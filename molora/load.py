@@ -14,6 +14,7 @@ from molora import processes
 from molora.adapter_state import saved_tensors
 from molora.build import HEAD, Built, build
 from molora.checkpoint import Described, check_fingerprint, load_tensors, read_adapter
+from molora.convert import on_cpu
 from molora.errors import AdapterError, ConfigError, TargetError
 from molora.install import install
 from molora.interop.foreign import Asked, Importer, packed
@@ -29,6 +30,7 @@ __all__ = ["from_pretrained", "load", "restore", "wrappers_for"]
 M = TypeVar("M", bound=nn.Module)
 
 
+@on_cpu()
 def load(
     base_model: M,
     folder: str | os.PathLike[str],

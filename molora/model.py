@@ -19,7 +19,7 @@ from molora.build import HEAD
 from molora.checkpoint import fingerprint, write_adapter
 from molora.checkpointing import bind, rebind, unbind
 from molora.errors import ConfigError, nearest
-from molora.frames import arguments_of, open_frame
+from molora.frames import REST, arguments_of, open_frame
 from molora.install import Mixture, sites_of, uninstall
 from molora.interop.peft_lora import write_peft_lora
 from molora.layers import MixtureLinear
@@ -181,14 +181,16 @@ def mixture_class(base: Any) -> type[nn.Module]:
     """
     inner: Callable[..., Any] = base.forward
     signature = inspect.signature(inner)
-    names = [p for p in signature.parameters if p != "self"]
+    parameters = [*signature.parameters.values()]
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    names = names[1:]  # the first is the model, whatever it is called
+    names += [REST for p in parameters if p.kind is p.VAR_POSITIONAL]
 
     @functools.wraps(inner)
     def forward(self: Any, *args: Any, task_ids: Tensor | None = None, **kwargs: Any) -> Any:
         return _run(self, inner, names, args, kwargs, task_ids)
 
     task = inspect.Parameter("task_ids", inspect.Parameter.KEYWORD_ONLY, default=None)
-    parameters = [*signature.parameters.values()]
     at = next((i for i, p in enumerate(parameters) if p.kind is inspect.Parameter.VAR_KEYWORD), len(parameters))
     forward.__signature__ = signature.replace(parameters=[*parameters[:at], task, *parameters[at:]])  # type: ignore[attr-defined]
     space = {
@@ -218,7 +220,7 @@ def _run(
     frame = open_frame(model, mixture, arguments, task_ids)
     head = getattr(model, HEAD, None)
     with context.use(frame):
-        outputs = inner(model, **arguments) if head is None else two_passes(model, inner, head, arguments, frame)
+        outputs = inner(model, *args, **kwargs) if head is None else two_passes(model, inner, head, arguments, frame)
     return add_aux_loss(model, mixture, outputs, frame, arguments)
 
 

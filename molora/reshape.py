@@ -45,6 +45,11 @@ def add_expert(model: nn.Module, mixture: Mixture, logit: float, seed: int) -> N
             f"add_expert: the experts of recipe {mixture.config.recipe!r} are ready-made adapters; convert the base "
             "with one more in adapters={name: folder}, its gates have to be learned again"
         )
+    if any(m.placement.train_experts and not m.placement.trains_B for m in routed):
+        raise ConfigError(
+            "add_expert: got experts whose B is fixed from the start (init_lora_weights), so one with B = 0 would "
+            "never learn; convert the base with one more in num_experts"
+        )
     sources = {m.site.path: (*range(m.site.num_experts), None) for m in routed}
     placements = tuple(
         _grown(p.replace(router=p.router.replace(bias=True)), 1) if _is_routed(p) else p
@@ -57,6 +62,7 @@ def prune_experts(model: nn.Module, mixture: Mixture, experts: Iterable[int] | M
     """See :meth:`molora.model.MixtureModel.prune_experts`."""
     routed, config = _routed(model, mixture, "prune_experts"), mixture.config
     everywhere = not isinstance(experts, Mapping)
+    experts = experts if isinstance(experts, Mapping) else set(experts)  # it is gone through once for each router
     wanted = _by_site(routed, experts, config)
     sources = {}
     for m in routed:
@@ -72,7 +78,7 @@ def prune_experts(model: nn.Module, mixture: Mixture, experts: Iterable[int] | M
                 f"prune_experts: {m.site.path}: {left} experts would be left, expected at least {least} (the top_k)"
             )
     if everywhere:
-        less = -len(set(cast(Iterable[int], experts)))
+        less = -len(experts)
         placements = tuple(_grown(p, less) if _is_routed(p) else p for p in config.placements)
         config = _with(config, placements, less)
         gone = set().union(*wanted.values())
@@ -199,6 +205,7 @@ def _bank(old: ExpertBank, site: SiteConfig, p: Placement, sources: Sources, see
             else:
                 A_rI, B_Or, _ = old.expert(source)
                 new.set_expert(e, A_rI, B_Or)
+    new.lora_B.requires_grad_(old.lora_B.requires_grad)
     return new.to(A.device)
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import replace
 from typing import Any
 
@@ -76,6 +76,8 @@ def _halves(cache: Any) -> tuple[list[Any], list[Any]]:
             )
         return list(cache.layers), copy.deepcopy(list(cache.layers))
     real, scaling = list(cache.layers[:mark]), list(cache.layers[mark:])
+    if torch.compiler.is_compiling():  # each length would be compiled anew
+        return real, scaling
     lengths = sorted({_tokens(real), _tokens(scaling)})
     if len(lengths) > 1:
         raise ConfigError(
@@ -95,6 +97,16 @@ def join_new_caches(real: Any, scaling: Any) -> None:
     if real is not None and scaling is not None and hasattr(real, "layers") and getattr(real, MARK, None) is None:
         setattr(real, MARK, len(real.layers))
         real.layers = [*real.layers, *scaling.layers]
+
+
+def refuse_other_stores(arguments: Mapping[str, Any]) -> None:
+    """ConfigError for an object that attention writes its keys into and that is no cache with layers (paged ones)."""
+    for name, value in arguments.items():
+        if hasattr(value, "update") and not isinstance(value, Mapping | Set):
+            raise ConfigError(
+                f"{name}: got a {type(value).__name__}, which keeps keys and values outside of a transformers Cache, "
+                "and the scaling pass would need a second one; generate without continuous batching and paged attention"
+            )
 
 
 def kept_in_modules(model: nn.Module, cache: Any, made: Any) -> dict[tuple[int, str], Tensor]:
@@ -167,6 +179,7 @@ def _backbone(model: nn.Module, forward: Callable[..., Any]) -> tuple[nn.Module,
 def two_passes(model: Any, inner: Callable[..., Any], head: Any, arguments: dict[str, Any], frame: Frame) -> Any:
     """A forward with a model-wide router: the scaling pass makes the gates that the real pass uses; a cache each."""
     cache = cache_among(arguments.values()) or arguments.get("past_key_values")
+    refuse_other_stores({k: v for k, v in arguments.items() if v is not cache})
     with paired_cache(cache) as (show_scaling, show_real):
         show_scaling()
         frame.gates, made = scaling_pass(model, inner, head, arguments, frame)

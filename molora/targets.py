@@ -15,7 +15,6 @@ from molora.trace import linear_shape
 __all__ = ["FUSED", "Candidate", "candidates", "ends_with", "fused_experts", "imported", "layer_of", "refuse"]
 __all__ += ["targeted"]
 
-
 CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)  # their weight has three dimensions, as stacked experts have
 FUSED = (
     "the base's own experts are fused into parameters of three dimensions, not linears; recipe 'lora' adapts them by "
@@ -171,6 +170,11 @@ def targeted(
         raise ConfigError(f"layers_to_transform: got {unknown}, expected indices from 0 to {last}")
     if config.layers_to_transform:
         picked = [p for p in picked if found[p].layer in config.layers_to_transform]
+    lazy = [p for p in picked if not all(found[p].shape)]
+    if lazy:
+        raise TargetError(
+            f"{lazy[0]}: this linear has no widths before its first use; run the model once, then convert"
+        )
     if not picked:
         raise TargetError(
             f"target_modules={wanted!r} with exclude_modules={config.exclude_modules!r} matches no linear; there are: "
@@ -192,7 +196,7 @@ def _matching(model: nn.Module, option: str, name: str, found: Mapping[str, Cand
         raise TargetError(f"{option}: got {name!r}, which is the parameter {fused[0]}; {FUSED}")
     if not hits:
         raise TargetError(
-            f"{option}: no module is named {name!r}{nearest(name, _endings(found))} "
+            f"{option}: no module is named {name!r}{nearest(name, _endings(found)) or '.'} "
             f"The model's linears are named: {', '.join(_endings(found))}"
         )
     return hits

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,13 +122,14 @@ def _hollow(model: nn.Module, trace: Trace, train: bool) -> nn.Module:
         if shape is not None and path:  # in place of a copy: what a quantised one keeps beside its parameters is large
             memo[id(module)] = _Shape(path, shape, module, trace)
             trace.linears.append(memo[id(module)])
+    for module in model.modules():  # a caller's hooks expect values, and what they are bound to may be anything
+        hooks = [v for k, v in vars(module).items() if k.endswith("_hooks") and isinstance(v, dict)]
+        memo.update((id(v), OrderedDict()) for v in hooks)
     hollow = copy.deepcopy(model, memo)
     choose = getattr(hollow, "set_experts_implementation", None)
     if choose is not None and any(p.ndim == 3 for p in hollow.parameters()):
         choose("batched_mm")  # the base's own experts in the one way that asks for no values and takes every dtype
     for path, module in hollow.named_modules():
-        module._forward_hooks.clear()  # a caller's hooks expect values, and to run when the model does
-        module._forward_pre_hooks.clear()
         stacks = {f"{path}.{n}": p for n, p in module.named_parameters(recurse=False) if p.ndim == 3}
         if stacks:
             trace.stacks |= stacks

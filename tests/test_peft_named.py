@@ -207,7 +207,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         "carries another PEFT method",
     ),
     "on a converted model": (lambda m, f: get_peft_model(alone("mola", 0), config("mola")), "call unload\\(\\) first"),
-    "a module's name": (lambda m, f: m.add_adapter("q_proj", config("mola")), "no part of a module's path"),
+    "a module's name": (lambda m, f: m.add_adapter("q_proj", config("mola")), "no number and no part of a path"),
 }
 
 

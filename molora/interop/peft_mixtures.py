@@ -12,19 +12,17 @@ from torch import Tensor, nn
 
 from molora.build import HEAD, Built, build
 from molora.checkpoint import PREFIX
-from molora.convert import convert
+from molora.convert import convert, on_cpu
 from molora.errors import AdapterError, ConfigError
 from molora.install import Mixture, install
+from molora.interop.peft_names import PLACE, UNLOAD, check_base, check_name
 from molora.interop.peft_settings import MixtureConfig
 from molora.interop.peft_weights import digest, keys_of, trained
 from molora.load import wrappers_for
 from molora.model import MixtureModel, adopt
 from molora.parking import Parked, park, unpark
 
-__all__ = ["PLACE", "NamedMixtures"]
-
-PLACE = "named_mixtures"  # attribute of the base model; delete_adapter of PEFT skips paths that contain "molora_"
-UNLOAD = "two in one model would feed on each other's outputs: unload() one of them first"
+__all__ = ["NamedMixtures"]
 
 
 class NamedMixtures(nn.Module, BaseTunerLayer):
@@ -51,13 +49,15 @@ class NamedMixtures(nn.Module, BaseTunerLayer):
         """The base model, with the mixture in force on it."""
         return self._holder[0]
 
+    @on_cpu()
     def add(self, name: str, config: MixtureConfig) -> None:
         """Make a mixture under a new name; it is put in force only where none is. All of it or nothing.
 
         Raises:
             ConfigError, TargetError, AdapterError: the model and its other mixtures are then as before.
         """
-        self._check(name)
+        check_base(self.model, bool(self._active_adapter))
+        check_name(self.model, name)
         copied = next((n for n, c in self._configs().items() if c is config and n in self.frozen), None)
         values = {} if copied is None else self.tensors(copied)
         weights = {n: t.detach().clone() for n, t in values.items() if t is not None}
@@ -80,22 +80,6 @@ class NamedMixtures(nn.Module, BaseTunerLayer):
             self.set_adapter(name, inference_mode=bool(config.inference_mode))
         else:
             self.set_requires_grad(name, False)
-
-    def _check(self, name: str) -> None:
-        layers = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer)]
-        others = [type(m).__name__ for m in layers if not isinstance(m, NamedMixtures)]
-        if others:
-            raise ConfigError(f"the model carries another PEFT method ({others[0]}); {UNLOAD}")
-        if isinstance(self.model, MixtureModel) and not self._active_adapter:
-            raise ConfigError("the model carries a mixture that convert() or load() put there; call unload() first")
-        parts = {part for path, _ in self.model.named_modules() for part in path.split(".")}
-        if not name or "." in name or name in parts or hasattr(nn.ModuleDict, name):
-            raise ConfigError(
-                f"adapter name: got {name!r}, expected a name without dots that is no part of a module's path: PEFT "
-                "tells adapters apart by such parts"
-            )
-        if nn.Linear(1, 1).weight.is_meta:
-            raise ConfigError("low_cpu_mem_usage=True: a mixture is small and built beside the model; leave it out")
 
     def _configs(self) -> dict[str, MixtureConfig]:
         return getattr(self.model, "peft_config", None) or {}
@@ -130,7 +114,7 @@ class NamedMixtures(nn.Module, BaseTunerLayer):
         """Drop all mixtures, and this: the base model as it was before the first, or with the only expert merged."""
         if merge:
             cast(Any, self.model).merge_and_unload()
-        elif self._active_adapter:
+        elif self._active_adapter and isinstance(self.model, MixtureModel):  # its own unload() may have been called
             self.set_adapter([])
         self._hook.remove()
         for place in (PLACE, HEAD):
@@ -151,13 +135,16 @@ class NamedMixtures(nn.Module, BaseTunerLayer):
             )
         before = self._active_adapter
         if names != before:
+            flags = [(p, p.requires_grad) for p in self.model.parameters()]
             for name in before:
                 self.parked[name] = park(self.model)
                 self.parked[name].requires_grad_(False)
             try:
                 self._unpark(names)
             except BaseException:
-                self.set_adapter(before)
+                self._unpark(before)
+                for p, flag in flags:
+                    p.requires_grad_(flag)
                 raise
         for name in names:
             cast(Any, self.model)._molora.owner.off = self._disable_adapters
@@ -199,6 +186,17 @@ class NamedMixtures(nn.Module, BaseTunerLayer):
 
     # Weights
 
+    def _apply(self, fn: Any, recurse: bool = True) -> NamedMixtures:
+        """Casts and moves as any module, after the base's own: what was held on to is now what was made of it."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, kept in self.frozen.items():
+            own = self.tensors(name)
+            for n, t in kept.items():
+                now = own[n]
+                if now is not None and now.shape == t.shape:  # not what an engine left of it in this process
+                    kept[n] = now.detach()
+        return self
+
     def mixture(self, name: str) -> Mixture:
         """What a mixture is: its config and sites."""
         return cast(Mixture, self.parked[name].mixture if name in self.parked else cast(Any, self.model)._molora)
@@ -231,7 +229,8 @@ class NamedMixtures(nn.Module, BaseTunerLayer):
         wanted = self.awaited.get(name)
         if wanted is not None and digest(tensors) != wanted:
             raise AdapterError(
-                f"adapter {name!r}: its weights are not those that its config was saved with; fetch or save it again"
+                f"adapter {name!r}: its weights are not those that its config was saved with; load both from one "
+                "folder with PeftModel.from_pretrained or load_adapter, or fetch or save it again"
             )
         self.awaited.pop(name, None)
 

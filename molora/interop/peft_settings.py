@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import enum
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from peft import PeftConfig
 
@@ -19,7 +19,7 @@ from molora.convert import config_of
 from molora.errors import CheckpointError, ConfigError
 from molora.install import Mixture
 from molora.staged import CONFIG, WEIGHTS
-from molora.tensor_file import TensorFile
+from molora.tensor_file import TensorFile, write_tensors
 
 __all__ = ["MixtureConfig", "MixtureType", "make_config"]
 
@@ -92,15 +92,19 @@ class MixtureConfig(PeftConfig):
             )
         if not (folder / WEIGHTS).is_file():
             raise CheckpointError(f"{folder}: molora's adapters are safetensors; save with safe_serialization=True")
-        file = TensorFile(folder / WEIGHTS, header_limit=HEADER_LIMIT)
+        file = _without_originals(folder / WEIGHTS)
         header = {n.removeprefix(PREFIX): (e.shape, e.dtype) for n, e in file.entries.items()}
         faults = disagreements(mixture.config, expected_tensors(mixture.config, mixture.sites), header)
         if faults:
-            raise CheckpointError(f"{folder}: PEFT saved other tensors than the mixture's: {'; '.join(faults)}")
+            raise CheckpointError(
+                f"{folder}: PEFT saved other tensors than the mixture's: {'; '.join(faults)}. PEFT adds embeddings "
+                "that were resized: name them in modules_to_save, or pass save_embedding_layers=False and save the "
+                "base, too"
+            )
         base = {**mixture.fingerprint, NAME: self.base_model_name_or_path or mixture.fingerprint.get(NAME)}
         task = None if self.task_type is None else str(getattr(self.task_type, "value", self.task_type))
         document = describe(mixture.config, mixture.sites, base, task).replace(sha256=file.sha256())
-        _replace(folder / CONFIG, document.text())
+        _replace(folder / CONFIG, lambda new: new.write(document.text().encode()))
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe's config and what PEFT keeps, without folders; for logs and model cards."""
@@ -121,11 +125,22 @@ def make_config(
     return MixtureConfig(config=config_of(recipe, options), seed=seed, task_type=task_type)
 
 
-def _replace(path: Path, text: str) -> None:
+def _without_originals(path: Path) -> TensorFile:
+    """The file, after leaving out what PEFT adds of resized embeddings where the mixture has copies of them."""
+    file = TensorFile(path, header_limit=HEADER_LIMIT)
+    beside = {n for n in file.entries if ".original." in n and n.replace(".original.", ".trained.") in file.entries}
+    if not beside:
+        return file
+    tensors = file.take(n for n in file.entries if n not in beside)
+    _replace(path, lambda new: write_tensors(new, tensors))
+    return TensorFile(path, header_limit=HEADER_LIMIT)
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     new = path.with_name(f".{path.name}.tmp")
     try:
-        with open(new, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(new, "wb") as file:
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)

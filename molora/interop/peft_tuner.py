@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from molora.checkpoint import PREFIX
 from molora.errors import ConfigError
-from molora.interop.peft_mixtures import PLACE, NamedMixtures
+from molora.interop.peft_mixtures import NamedMixtures
+from molora.interop.peft_names import PLACE
 from molora.interop.peft_settings import MixtureConfig, MixtureType
 from molora.interop.peft_weights import to_load, to_save
 
