@@ -25,7 +25,9 @@ from molora.targets import candidates
 
 __all__ = ["read", "recognises"]
 
-_EXPERT = re.compile(r"(.+)\.lora_([AB])_(\d{1,4})\.weight")
+# Options of PEFT's config that MoLA's code does not have, or that add what is no expert.
+UNKNOWN = ("bias", "modules_to_save", "fan_in_fan_out", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+_EXPERT = re.compile(r"(.+)\.lora_([AB])_(0|[1-9][0-9]{0,3})\.weight")
 _ROUTER = re.compile(r"(.+)\.router\.router\.weight")
 
 
@@ -43,7 +45,7 @@ def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:
         AdapterError, ConfigError: for a config or weights that do not fit together or do not fit the model.
     """
     config = read_config(folder / CONFIG)
-    bad = [k for k in ("bias", "modules_to_save", "fan_in_fan_out") if config.get(k) not in (None, False, "none", [])]
+    bad = [k for k in UNKNOWN if config.get(k) not in (None, False, "none", [], {})]
     if bad:
         raise AdapterError(
             f"{folder / CONFIG}: got {bad[0]}={str(config[bad[0]])[:100]}, expected experts and routers only"
@@ -98,6 +100,8 @@ def _sorted(
             routers[router[1]] = t
         elif expert:
             banks.setdefault(expert[1], {})[int(expert[3]), expert[2]] = t
+    if len(routers) + sum(map(len, banks.values())) != len(tensors):
+        raise AdapterError(f"{folder}: some of its {len(tensors)} tensors stand twice, with and without {PREFIX!r}")
     odd = sorted(banks.keys() ^ routers.keys())
     if odd or not routers:
         what = (
