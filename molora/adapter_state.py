@@ -12,7 +12,7 @@ from molora.errors import AdapterError
 from molora.install import HEAD, sites_of, wrappers_of
 from molora.layers import MixtureLinear, RoutedModule, SavedModule
 
-__all__ = ["merge_expert", "saved_tensors"]
+__all__ = ["keep_trained", "merge_expert", "saved_tensors", "trained_copies"]
 
 PARTS = ("bank", "router", "trained")  # children of a wrapper that are saved
 T = TypeVar("T")
@@ -36,6 +36,17 @@ def merge_expert(m: MixtureLinear) -> None:
     transposed = weight.shape != delta_OI.shape or hasattr(m.base_layer, "nx")
     with torch.no_grad():
         weight.add_((delta_OI.t() if transposed else delta_OI).to(weight.dtype))
+
+
+def trained_copies(model: nn.Module) -> dict[str, SavedModule]:
+    """The modules of ``modules_to_save`` by their path in the base, each once."""
+    return {m.path: m for m in wrappers_of(model).values() if isinstance(m, SavedModule)}
+
+
+def keep_trained(model: nn.Module) -> None:
+    """Make the trained copies of ``modules_to_save`` what is left when the wrappers come off, frozen like the base."""
+    for m in trained_copies(model).values():
+        m.original = m.trained.requires_grad_(False)
 
 
 def saved_tensors(model: nn.Module, state_dict: Mapping[str, T] | None = None) -> dict[str, T]:

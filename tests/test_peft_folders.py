@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +170,59 @@ def test_measured_mean_gates_are_the_weights_of_the_sum(recipe: str, tmp_path: P
         close(scale * (B @ A), sum(w * s * (B_e @ A_e) for w, A_e, B_e, s in parts).detach(), "peft_lora")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_experts_in_half_precision_are_merged_in_float32(dtype: torch.dtype, tmp_path: Path, root: Path):
+    model = converted("meteora", "llama", root).to(dtype)
+    export_merged(model, tmp_path, [0.3, 0.3, 0.4])
+    merged = read_peft_lora(tmp_path).modules
+    for path, m in sites_of(model).values():
+        A, B, scale = (torch.as_tensor(t).double() for t in merged[path])
+        parts = [(w, *(torch.as_tensor(t).double() for t in m.bank.expert(e))) for e, w in enumerate([0.3, 0.3, 0.4])]
+        torch.testing.assert_close(scale * (B @ A), sum(w * s * (B @ A) for w, A, B, s in parts), rtol=1e-5, atol=1e-6)
+
+
+# ---- what leaves a mixture with whole trained modules ----
+
+OUT: dict[str, Callable[[Any, Path], Any]] = {
+    "export_expert": lambda model, folder: model.export_expert(0, folder),
+    "export_merged": lambda model, folder: export_merged(model, folder, [1.0]),
+}
+
+
+def with_trained_modules(root: Path) -> Any:
+    model = converted("lora", "llama", root, modules_to_save=["lm_head", "norm"]).eval()
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if ".trained." in n:
+                p.add_(0.1 * torch.randn_like(p))
+    return model
+
+
+@pytest.mark.parametrize("way", OUT)
+def test_whole_trained_modules_come_along(way: str, tmp_path: Path, root: Path):
+    model = with_trained_modules(root)
+    OUT[way](model, tmp_path)
+    expected = output(model, batch("llama"))
+    close(output(loaded_by_peft("llama", tmp_path), batch("llama")), expected, "peft_lora")
+    close(output(molora.load(base_model("llama"), tmp_path).eval(), batch("llama")), expected, "peft_lora")
+
+
+def test_whole_trained_modules_stay_when_the_expert_is_merged(root: Path):
+    model, base = with_trained_modules(root), base_model("llama")
+    expected = output(model, batch("llama"))
+    merged = model.merge_and_unload()
+    close(output(merged, batch("llama")), expected, "same_math_fp32")
+    assert [n for n, _ in merged.named_modules()] == [n for n, _ in base.named_modules()]
+    assert all(p.requires_grad for p in merged.parameters())
+    assert not torch.equal(merged.lm_head.weight, base.lm_head.weight)
+
+
 BAD_WEIGHTS: dict[str, tuple[str, Any, str]] = {
     "too_few": ("meteora", [0.5, 0.5], "expected 3 numbers"),
     "unknown_name": ("meteora", {"maths": 1.0}, "did you mean 'math'"),
     "text": ("meteora", "even", "expected 3 numbers"),
+    "not_finite": ("meteora", [float("nan"), 0.5, 0.5], "got .nan, 0.5, 0.5. for .*expected 3 numbers"),
+    "switches": ("meteora", [True, False, False], "expected 3 numbers"),
     "other_numbers_by_layer": ("mola", [0.5, 0.5], "give them by site"),
     "no_names": ("mola", {"math": 1.0}, r"expected names out of model\.layers"),
 }

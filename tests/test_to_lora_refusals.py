@@ -108,6 +108,20 @@ def test_an_untrained_adapter_and_no_numbers_are_refused(tmp_path: Path):
         to_lora(tiny.base_model("llama"), tmp_path / "nan", tmp_path / "out", rank=4)
 
 
+def test_a_torn_file_is_refused_before_peft_reads_it(tmp_path: Path):
+    trained(tmp_path / "in", METHODS["dora"]())
+    path = tmp_path / "in" / "adapter_model.safetensors"
+    raw = path.read_bytes()
+    for torn in (raw[:-3], raw[:40], b"", b"x" * 100):
+        path.write_bytes(torn)
+        with pytest.raises(AdapterError, match="expected a whole safetensors file"):
+            to_lora(tiny.base_model("llama"), tmp_path / "in", tmp_path / "out", rank=4)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(AdapterError, match="expected a plain file"):
+        to_lora(tiny.base_model("llama"), tmp_path / "in", tmp_path / "out", rank=4)
+
+
 def quantised() -> Any:
     """A base with one linear that holds integers, as every quantiser's does."""
     model = tiny.base_model("llama")

@@ -172,9 +172,11 @@ def write_peft_lora(
     modules: Mapping[str, Module],
     base_model_name: str | None,
     card: str | None = None,
+    saved: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Save ``modules`` (path to A (r, in), B (out, r), scale) as a folder that PEFT loads and computes alike.
 
+    ``saved``: path of a module that was trained whole to its tensors by name (PEFT's ``modules_to_save``).
     Modules of rank 0 are left out; ``card`` becomes the README.md. Staged like molora's own folders, but PEFT checks
     no digest: a crash while an export is written over an older one may leave the new weights beside the old config.
 
@@ -203,9 +205,11 @@ def write_peft_lora(
         "use_dora": False,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
+        "modules_to_save": sorted(saved) if saved else None,
     }
     text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
     tensors = {f"{PREFIX}{p}.lora_{x}.weight": t for p, m in kept.items() for x, t in zip("AB", m[:2], strict=True)}
+    tensors |= {f"{PREFIX}{p}.{name}": t for p, own in (saved or {}).items() for name, t in own.items()}
     save_folder(Path(folder), peft_type=PEFT_TYPE, tensors=tensors, describe=lambda _: text, card=card)
 
 

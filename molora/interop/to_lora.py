@@ -29,12 +29,13 @@ from molora.interop.merged import (
     wide_copy,
 )
 from molora.interop.peft_config import PEFT_TYPE, check_start
-from molora.interop.peft_lora import PREFIX, write_peft_lora
+from molora.interop.peft_lora import HEADER_LIMIT, PREFIX, write_peft_lora
 from molora.model import MixtureModel
 from molora.staged import CONFIG, CONFIG_LIMIT, WEIGHTS
 from molora.strict import shown
 from molora.strict_json import read_object
 from molora.targets import candidates
+from molora.tensor_file import TensorFile
 
 __all__ = ["to_lora"]
 
@@ -106,7 +107,8 @@ def to_lora(
         routes.add(route)
     off = None
     if inputs is not None and adapter_out is not None and base_out is not None:
-        off = float((model_output(merged, inputs) - adapter_out).norm() / (adapter_out - base_out).norm())
+        size = float((adapter_out - base_out).norm())
+        off = float((model_output(merged, inputs) - adapter_out).norm()) / size if size else 0.0
     name = getattr(base_model, "name_or_path", None)
     write_peft_lora(out_folder, modules=modules, base_model_name=name)
     return ConversionReport(str(folder), kind, " and ".join(sorted(routes)), tuple(errors), off)
@@ -135,8 +137,10 @@ def _kind(folder: Path) -> str:
         config = read_object(folder / CONFIG, CONFIG_LIMIT)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise AdapterError(f"{folder}: there is no {CONFIG}; expected a PEFT adapter folder") from e
-    if not (folder / WEIGHTS).is_file():
-        raise AdapterError(f"{folder}: there is no {WEIGHTS}; expected a PEFT adapter folder with its weights")
+    try:
+        TensorFile(folder / WEIGHTS, header_limit=HEADER_LIMIT).load()  # PEFT would add NaN, and says little of damage
+    except FileNotFoundError as e:
+        raise AdapterError(f"{folder}: there is no {WEIGHTS}; expected a PEFT adapter folder with its weights") from e
     if config.get("modules_to_save"):
         raise AdapterError(
             f"{folder}: got modules_to_save={shown(config['modules_to_save'])}, expected none: whole trained modules "
