@@ -109,7 +109,7 @@ def _routed(model: nn.Module, mixture: Mixture, what: str) -> list[RoutedModule]
 
 def _indices(experts: Any, config: MoloraConfig) -> set[int]:
     try:
-        return {operator.index("" if isinstance(e, bool) else e) for e in experts}
+        return {operator.index(cast(Any, "") if isinstance(e, bool) else e) for e in experts}
     except TypeError as e:
         names = ", ".join(f"{i} is {n!r}" for i, (n, _) in enumerate(config.adapters)) or "from 0"
         raise ConfigError(f"prune_experts: got {shown(experts)}, expected a list of indices ({names[:500]})") from e

@@ -150,6 +150,13 @@ def test_a_rank_out_of_range_is_refused(rank: Any, tmp_path: Path):
         to_lora(tiny.base_model("llama"), tmp_path, tmp_path / "out", rank=rank)
 
 
+def test_inputs_that_the_base_cannot_run_are_refused(tmp_path: Path):
+    trained(tmp_path / "in", METHODS["dora"]())
+    for inputs in ({}, {"input_ids": torch.tensor([[999]])}):
+        with pytest.raises(ConfigError, match="inputs: the base cannot run them"):
+            to_lora(tiny.base_model("llama"), tmp_path / "in", tmp_path / "out", rank=4, inputs=inputs)
+
+
 def test_folders_that_are_none_or_the_same_are_refused(tmp_path: Path):
     base = tiny.base_model("llama")
     trained(tmp_path / "in", METHODS["dora"]())

@@ -40,7 +40,8 @@ class LoraAdapter:
     A and B are stored this way round whatever ``fan_in_fan_out`` says: that is about the base weight (GPT-2's Conv1D),
     to which PEFT would add the transpose of B A. ``saved``: parameters of modules that were trained whole, by their
     names in the base, and ``saved_names`` the config's names for them. ``parameters``: modules that PEFT reached as
-    parameters; there it takes the weight as it is stored.
+    parameters; there it takes the weight as it is stored. ``bases``: frozen tensors of adapted modules, by module and
+    name; PEFT writes those of an output layer that is adapted, and puts them back when it loads.
     """
 
     folder: str
@@ -49,6 +50,7 @@ class LoraAdapter:
     saved: dict[str, Tensor] = field(default_factory=dict)
     saved_names: tuple[str, ...] = ()
     parameters: tuple[str, ...] = ()
+    bases: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
 
 def read_peft_lora(
@@ -76,7 +78,9 @@ def read_peft_lora(
         )
     tensors = _tensors(folder, allow_pickle)
     saved = {k: t for k, t in tensors.items() if any(f".{n}." in f".{k}" for n in names) and _split(k)[1] is None}
-    pairs = _pairs(folder, {k: t for k, t in tensors.items() if k not in saved})
+    adapted = {_split(k)[0] for k in tensors if _split(k)[1] is not None}
+    bases = {k: parts for k in tensors if (parts := _of_base(k))[0] in adapted}
+    pairs = _pairs(folder, {k: t for k, t in tensors.items() if k not in saved and k not in bases})
     name = config.get("base_model_name_or_path")
     return LoraAdapter(
         folder=str(folder),
@@ -85,6 +89,7 @@ def read_peft_lora(
         saved={k.removeprefix(PREFIX): t for k, t in saved.items()},
         saved_names=tuple(names),
         parameters=tuple(path for path in pairs if targeted_parameter(config, path)),
+        bases={parts: tensors[k] for k, parts in bases.items()},
     )
 
 
@@ -132,6 +137,12 @@ def _split(key: str) -> tuple[str, str | None]:
     if len(parts) < 3 or parts[-1] != "weight" or parts[-2] not in ("lora_A", "lora_B") or not all(parts):
         return key, None
     return ".".join(parts[:-2]), parts[-2][-1]
+
+
+def _of_base(key: str) -> tuple[str, str]:
+    """``base_model.model.<path>.base_layer.<name>`` to (path, name); ("", "") for any other tensor."""
+    path, found, name = key.removeprefix(PREFIX).rpartition(".base_layer.")
+    return (path, name) if found else ("", "")
 
 
 def align(adapter: LoraAdapter, module_paths: Iterable[str]) -> dict[str, Module]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from molora.errors import AdapterError, ConfigError
 from molora.interop.conversion_report import ConversionReport, ModuleError
 from molora.interop.merged import (
+    FAULTS,
     Probe,
     changes,
     linear_weight,
@@ -80,7 +81,8 @@ def to_lora(
         AdapterError: for what no change of linears' weights can say: methods that do not merge (prompt and prefix
             tuning, adaption prompts, routers), trained biases, norms, embeddings and whole modules; for an initialiser
             whose residual the folder does not determine; for an adapter of another base.
-        ConfigError: for a quantised, converted or empty (meta) base; a rank out of range; PEFT not installed.
+        ConfigError: for a quantised, converted or empty (meta) base; a rank out of range; inputs that the base cannot
+            run; PEFT not installed.
     """
     folder = Path(folder)
     _check(base_model, rank)
@@ -88,7 +90,7 @@ def to_lora(
         raise ConfigError(f"to_lora: got out_folder={str(out_folder)!r}, the adapter's own; expected another folder")
     kind = _kind(folder)
     model = wide_copy(base_model)
-    base_out = None if inputs is None else model_output(model, inputs)
+    base_out = None if inputs is None else _base_output(model, inputs)
     adapted = load_adapter(model, folder)
     with told(folder, f"{kind} cannot be run on inputs alone"):
         probed = probes(base_model, model, inputs, seed)
@@ -129,6 +131,16 @@ def _check(model: nn.Module, rank: int | float) -> None:
             f"to_lora: got a quantised base{f' ({packed[0]})' if packed else ''}, whose weights cannot hold a change "
             "as small as an adapter's; load it unquantised for this step (the LoRA then serves the quantised one too)"
         )
+
+
+def _base_output(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    try:
+        return model_output(model, inputs)
+    except FAULTS as e:
+        got = f"{type(e).__name__}: {str(e)[:300]}"
+        raise ConfigError(
+            f"to_lora: inputs: the base cannot run them ({got}); expected arguments of its forward"
+        ) from e
 
 
 def _kind(folder: Path) -> str:
