@@ -119,6 +119,7 @@ FAULTS: dict[str, dict[str, Fault]] = {
         "shapes": (cut("mola", f"{UP}.lora_A_1", rows=1), "its experts have the shapes"),
         "empty": (emptied("mola", f"{UP}.router"), "expected floating-point numbers"),
         "alpha": (rewrite(lora_alpha="5"), "lora_alpha: got '5'"),
+        "a_module": (without("mola", f"{UP}."), "up_proj is named by target_modules and has no experts"),
         "two_spellings": (again("mola", f"{UP}.lora_A_1", "A_1", "A_01"), "got .*lora_A_01"),
         "two_prefixes": (again("mola", f"{UP}.lora_A_1", "base_model.model.", ""), "stand twice"),
         "rslora": (rewrite(use_rslora=True), "use_rslora=True, expected experts and routers only"),

@@ -7,7 +7,7 @@ Neither the number of experts nor ``top_k`` is recorded: the first is counted, t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from molora.interop.peft_lora import PICKLE, PREFIX
 from molora.recipes import RECIPES
 from molora.staged import CONFIG, WEIGHTS
 from molora.strict import PerLayer
-from molora.targets import candidates
+from molora.targets import candidates, ends_with
 
 __all__ = ["read", "recognises"]
 
@@ -68,6 +68,7 @@ def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:
         }
     _check_ranks(folder, config["r"], ranks)
     stacks = {found[names[n]].stack for n in routers}
+    _check_targets(folder, config, [p for p, c in found.items() if c.stack in stacks], names.values())
     layers = 1 + max(c.layer for c in found.values() if c.stack in stacks)
     options: dict[str, Any] = {
         "r": _by_layer(ranks, layers),
@@ -132,6 +133,16 @@ def _packed(
         )
     A, B = ([parts[e, letter] for e in range(experts)] for letter in "AB")
     return torch.cat(A), torch.cat(B, dim=1), A_shape[0]
+
+
+def _check_targets(folder: Path, config: Mapping[str, Any], paths: Iterable[str], held: Collection[str]) -> None:
+    """AdapterError for a linear that the config names and the file says nothing of: its router would be lost."""
+    said = config.get("target_modules")
+    if not isinstance(said, list) or config.get("layers_to_transform") is not None:
+        return
+    lost = [p for p in paths if p not in held and any(isinstance(n, str) and ends_with(p, n) for n in said)]
+    if lost:
+        raise AdapterError(f"{folder}: {lost[0]} is named by target_modules and has no experts; the file is not whole")
 
 
 def _check_ranks(folder: Path, recorded: list[Any], ranks: Mapping[int, int]) -> None:
