@@ -14,7 +14,7 @@ from molora.fused import FusedExperts, FusedParameter
 from molora.install import sites_of, wrappers_of
 from molora.layers import MixtureLinear, RoutedModule, SavedModule
 
-__all__ = ["merge_expert", "merges", "saved_tensors", "stacks_of"]
+__all__ = ["keep_trained", "merge_expert", "merges", "saved_tensors", "stacks_of", "trained_copies"]
 
 PARTS = ("bank", "router", "trained")  # children of a wrapper that are saved
 T = TypeVar("T")
@@ -61,6 +61,17 @@ def stacks_of(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float, int]]:
     """The LoRAs of the base's own experts by path of the parameter: A (E r, in), B (out, E r), scale and E."""
     sites = [(path, m) for path, m in sites_of(model).values() if isinstance(m, FusedParameter)]
     return {p: (m.bank.lora_A, m.bank.lora_B, m.site.scales[0], m.site.num_experts) for p, m in sites}
+
+
+def trained_copies(model: nn.Module) -> dict[str, SavedModule]:
+    """The modules of ``modules_to_save`` by their path in the base, each once."""
+    return {m.path: m for m in wrappers_of(model).values() if isinstance(m, SavedModule)}
+
+
+def keep_trained(model: nn.Module) -> None:
+    """Make the trained copies of ``modules_to_save`` what is left when the wrappers come off, frozen like the base."""
+    for m in trained_copies(model).values():
+        m.original = m.trained.requires_grad_(False)
 
 
 def saved_tensors(model: nn.Module, state_dict: Mapping[str, T] | None = None) -> dict[str, T]:

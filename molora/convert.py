@@ -135,10 +135,23 @@ def aligned(
             f"adapter {name!r} ({folder}): {turned[0]} was reached as a parameter, and this {type(model).__name__} "
             "stores its weight transposed, or it is no linear; train the adapter with target_modules instead"
         )
+    for (path, leaf), t in adapter.bases.items():
+        if not _is_own(t, getattr(model.get_submodule(new_name[path]), leaf, None)):
+            raise AdapterError(
+                f"adapter {name!r} ({folder}): it brings a {leaf} for {new_name[path]} that is not this base's: it was "
+                "trained on another base, or one that was changed or resized; load that one"
+            )
     parts = {n: n.rpartition(".") for n in adapter.saved}
     saved = {f"{new_name[parts[n][0]]}.{parts[n][2]}": t for n, t in adapter.saved.items()}
     fused = placed(Path(folder) / CONFIG, adapter.settings, adapter.stacks, model, new_name)
     return replace(adapter, modules=modules, saved=saved, parameters=tuple(stored), fused=fused, stacks={})
+
+
+def _is_own(t: torch.Tensor, own: object) -> bool:
+    """Whether ``t`` is the base's tensor in the base's precision; where it has no storage, of its shape."""
+    if not isinstance(own, torch.Tensor) or own.shape != t.shape:
+        return False
+    return own.is_meta or torch.equal(own.cpu(), t.to(own.dtype))
 
 
 def _fill(built: Built, adapters: Mapping[str, LoraAdapter]) -> None:

@@ -172,10 +172,11 @@ def fill(built: Built, tensors: dict[str, Tensor], folder: str) -> None:
             f"{folder}: missing tensors {missing[:5]} and unknown tensors {extra[:5]}; the file is not whole"
         )
     for name, target in targets.items():
-        if target.shape != tensors[name].shape:
-            raise AdapterError(
-                f"{folder}: {name}: got shape {tuple(tensors[name].shape)}, expected {tuple(target.shape)}"
-            )
+        t = tensors[name]
+        if target.shape != t.shape:
+            raise AdapterError(f"{folder}: {name}: got shape {tuple(t.shape)}, expected {tuple(target.shape)}")
+        if t.dtype.itemsize > target.dtype.itemsize and not bool(t.to(target.dtype).isfinite().all()):
+            raise AdapterError(f"{folder}: {name}: holds {t.dtype} values too large for {target.dtype}; it is damaged")
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(tensors[name])

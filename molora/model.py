@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from molora import context, reshape
-from molora.adapter_state import merge_expert, merges, saved_tensors, stacks_of
+from molora.adapter_state import keep_trained, merge_expert, merges, saved_tensors, stacks_of, trained_copies
 from molora.aux_loss import add_aux_loss
 from molora.build import HEAD
 from molora.checkpoint import fingerprint, write_adapter
@@ -21,10 +21,11 @@ from molora.checkpointing import bind, rebind, unbind
 from molora.errors import ConfigError, nearest
 from molora.frames import REST, arguments_of, open_frame
 from molora.install import Mixture, sites_of, uninstall
-from molora.interop.peft_lora import write_peft_lora
+from molora.interop.peft_writer import write_peft_lora
 from molora.layers import MixtureLinear
 from molora.model_card import model_card
 from molora.scaling_pass import two_passes
+from molora.strict import shown
 
 __all__ = ["MixtureModel", "adopt", "mixture_class"]
 
@@ -89,7 +90,7 @@ class MixtureModel:
         return model
 
     def merge_and_unload(self) -> nn.Module:
-        """Add the only expert into the base weights and take the wrappers off.
+        """Add the only expert into the base weights and take the wrappers off; modules trained whole stay as trained.
 
         Raises:
             ConfigError: for a mixture: its weights depend on the token, so no fixed weight gives the same outputs.
@@ -103,10 +104,13 @@ class MixtureModel:
             )
         for m in sites:
             merge_expert(model, m)
+        keep_trained(model)
         return self.unload()
 
     def export_expert(self, expert: str | int, save_directory: str | os.PathLike[str]) -> None:
-        """Write one expert, by index or adapter name, as an ordinary PEFT LoRA folder; single-expert sites come along.
+        """Write one expert, by index or adapter name, as an ordinary PEFT LoRA folder.
+
+        What is always on comes along: sites of a single expert, and modules trained whole (``modules_to_save``).
 
         Raises:
             ConfigError: when there is no such expert.
@@ -119,15 +123,17 @@ class MixtureModel:
                 f"export_expert: got {expert!r}, expected one of {names or 'the indices'}{nearest(expert, names)}"
             )
         index = names.index(expert) if isinstance(expert, str) else expert
-        if not 0 <= index < largest:
-            raise ConfigError(f"export_expert: got {index}, expected an index from 0 to {largest - 1}")
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < largest:
+            raise ConfigError(f"export_expert: got {shown(index)}, expected an index from 0 to {largest - 1}")
         modules = {}
         for m in sites:
             e = index if m.site.num_experts > 1 or largest == 1 else 0
             if e < m.site.num_experts and m.bank is not None and m.bank.ranks[e] > 0:
                 modules[m.site.path] = m.bank.expert(e)
         base = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
-        write_peft_lora(save_directory, modules=modules, base_model_name=base, fused=stacks_of(model))
+        saved = {path: m.trained.state_dict() for path, m in trained_copies(model).items()}
+        fused = stacks_of(model)
+        write_peft_lora(save_directory, modules=modules, base_model_name=base, fused=fused, saved=saved)
 
     def _set_gradient_checkpointing(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,7 +18,7 @@ from molora.install import Mixture, sites_of
 from molora.layers import MixtureLinear, RoutedModule
 from molora.routers import BiasedRouter, HiddenRouter, LinearRouter
 from molora.site import SiteConfig
-from molora.strict import PerLayer
+from molora.strict import PerLayer, matches, shown
 
 __all__ = ["NEW_LOGIT", "add_expert", "prune_experts"]
 
@@ -50,6 +51,8 @@ def add_expert(model: nn.Module, mixture: Mixture, logit: float, seed: int) -> N
             "add_expert: got experts whose B is fixed from the start (init_lora_weights), so one with B = 0 would "
             "never learn; convert the base with one more in num_experts"
         )
+    if not matches(logit, float):
+        raise ConfigError(f"add_expert: logit: got {shown(logit)}, expected a finite number")
     sources = {m.site.path: (*range(m.site.num_experts), None) for m in routed}
     placements = tuple(
         _grown(p.replace(router=p.router.replace(bias=True)), 1) if _is_routed(p) else p
@@ -61,9 +64,10 @@ def add_expert(model: nn.Module, mixture: Mixture, logit: float, seed: int) -> N
 def prune_experts(model: nn.Module, mixture: Mixture, experts: Iterable[int] | Mapping[str, Iterable[int]]) -> None:
     """See :meth:`molora.model.MixtureModel.prune_experts`."""
     routed, config = _routed(model, mixture, "prune_experts"), mixture.config
-    everywhere = not isinstance(experts, Mapping)
-    experts = experts if isinstance(experts, Mapping) else set(experts)  # it is gone through once for each router
-    wanted = _by_site(routed, experts, config)
+    everywhere = None if isinstance(experts, Mapping) else _indices(experts, config)
+    wanted = dict.fromkeys((m.site.path for m in routed), everywhere or set())
+    if isinstance(experts, Mapping):
+        wanted = _by_site(routed, {path: _indices(gone, config) for path, gone in experts.items()}, config)
     sources = {}
     for m in routed:
         gone = wanted.get(m.site.path, set())
@@ -77,13 +81,12 @@ def prune_experts(model: nn.Module, mixture: Mixture, experts: Iterable[int] | M
             raise ConfigError(
                 f"prune_experts: {m.site.path}: {left} experts would be left, expected at least {least} (the top_k)"
             )
-    if everywhere:
-        less = -len(experts)
+    if everywhere is not None:
+        less = -len(everywhere)
         placements = tuple(_grown(p, less) if _is_routed(p) else p for p in config.placements)
         config = _with(config, placements, less)
-        gone = set().union(*wanted.values())
         if config.adapters:
-            config = config.replace(adapters=tuple(a for e, a in enumerate(config.adapters) if e not in gone))
+            config = config.replace(adapters=tuple(a for e, a in enumerate(config.adapters) if e not in everywhere))
     else:
         counts = {m.site.path: len(sources[m.site.path]) for m in routed}
         config = _with(config, tuple(_counted(p, i, routed, counts) for i, p in enumerate(config.placements)), 0)
@@ -102,15 +105,22 @@ def _routed(model: nn.Module, mixture: Mixture, what: str) -> list[RoutedModule]
         raise ConfigError(f"{what}: recipe {mixture.config.recipe!r} has one expert that is always on, and no router")
     if any(m.placement.gate.partition > 1 for m in routed):
         raise ConfigError(f"{what}: got experts that share a logit (partition), expected a logit for each")
-    if any(isinstance(m, MixtureLinear) and m.bank is not None and m.bank.in_pieces for m in routed):
-        raise ConfigError(f"{what}: an engine holds the parameters in pieces; change the experts before it starts")
+    banks = [m.bank for m in routed if isinstance(m, MixtureLinear) and m.bank is not None]
+    if any(b.in_pieces or b.lora_A.is_meta for b in banks):
+        raise ConfigError(f"{what}: the experts are in pieces (an engine's), offloaded or on meta; change them before")
     return routed
 
 
-def _by_site(routed: list[RoutedModule], experts: Any, config: MoloraConfig) -> dict[str, set[int]]:
+def _indices(experts: Any, config: MoloraConfig) -> set[int]:
+    try:
+        return {operator.index(cast(Any, "") if isinstance(e, bool) else e) for e in experts}
+    except TypeError as e:
+        names = ", ".join(f"{i} is {n!r}" for i, (n, _) in enumerate(config.adapters)) or "from 0"
+        raise ConfigError(f"prune_experts: got {shown(experts)}, expected a list of indices ({names[:500]})") from e
+
+
+def _by_site(routed: list[RoutedModule], experts: Mapping[str, set[int]], config: MoloraConfig) -> dict[str, set[int]]:
     """Site path to the experts that go: the linears of a block lose those of its router."""
-    if not isinstance(experts, Mapping):
-        return {m.site.path: set(experts) for m in routed}
     leads = {m.site.path: m.site.block for m in routed if m.router is not None}
     unknown = [path for path in experts if path not in leads]
     if unknown or config.adapters:
@@ -119,9 +129,8 @@ def _by_site(routed: list[RoutedModule], experts: Any, config: MoloraConfig) -> 
             + ("a list of indices: the experts are adapters of the whole model" if config.adapters else "paths of ")
             + ("" if config.adapters else f"routers, such as {next(iter(leads), 'none')!r}")
         )
-    blocks = {leads[path]: set(gone) for path, gone in experts.items() if leads[path]}
-    own = {path: set(gone) for path, gone in experts.items()}
-    return {m.site.path: blocks.get(m.site.block) or own.get(m.site.path, set()) for m in routed}
+    blocks = {leads[path]: gone for path, gone in experts.items() if leads[path]}
+    return {m.site.path: blocks.get(m.site.block) or experts.get(m.site.path, set()) for m in routed}
 
 
 # The config, which tells how the mixture would be made; the sites say what it is

@@ -22,7 +22,7 @@ from torch import Tensor
 from molora.errors import AdapterError, CheckpointError
 from molora.strict_json import open_regular, parse_object
 
-__all__ = ["Entry", "TensorFile", "write_tensors"]
+__all__ = ["DTYPES", "Entry", "TensorFile", "write_tensors"]
 
 CHUNK = 1 << 20  # bytes hashed at a time
 # In the library's order: it stores wide types first, so that every tensor starts aligned.

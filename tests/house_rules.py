@@ -40,7 +40,7 @@ ROWS: tuple[Row, ...] = (
     (
         4,
         ("molora.interop.peft_lora", "molora.interop.peft_config", "molora.interop.bin_file", "molora.interop.names")
-        + ("molora.interop.installed", "molora.interop.peft_stacked"),
+        + ("molora.interop.installed", "molora.interop.peft_stacked", "molora.interop.peft_writer"),
     ),
     (5, ("molora.targets", "molora.target_parameters", "molora.resolve", "molora.build", "molora.install")),
     (

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 import molora
 from molora.checkpoint import load_tensors, read_adapter
 from molora.errors import AdapterError
-from molora.interop.peft_lora import read_peft_lora, write_peft_lora
+from molora.interop.peft_lora import read_peft_lora
+from molora.interop.peft_writer import write_peft_lora
 from tests import behaviours, tiny
 from tests.folders import FINGERPRINT, contents, forge, joined, parts, save, small_config, small_sites, small_tensors
 

@@ -121,3 +121,8 @@ def test_ready_made_experts_have_nothing_to_start(tmp_path: Any):
     model = tiny.converted("xlora", "llama", tmp_path)
     with pytest.raises(ConfigError, match="without trainable experts"):
         init_eva(model, batches())
+
+
+def test_a_threshold_that_peft_does_not_take_is_refused():
+    with pytest.raises(ConfigError, match="EVA cannot use these batches .*tau"):
+        init_eva(converted(), batches(), tau=2.0)

@@ -179,6 +179,11 @@ def test_frozen_experts_stay_frozen_and_unloading_is_exact() -> None:
         ("lora", lambda m: m.prune_experts([0]), "always on"),
         ("xlora", lambda m: m.add_expert(), "convert the base with one more in adapters"),
         ("meteora", lambda m: m.add_expert(), "convert the base with one more in adapters"),
+        ("mola", lambda m: m.add_expert(logit=float("nan")), "logit: got nan, expected a finite number"),
+        ("mola", lambda m: m.add_expert(logit=float("-inf")), "logit: got -inf, expected a finite number"),
+        ("meteora", lambda m: m.prune_experts(["math"]), "expected a list of indices .*2 is 'math'"),
+        ("mixlora", lambda m: m.prune_experts(1), "got 1, expected a list of indices"),
+        ("mixlora", lambda m: m.prune_experts([True, False, False, False]), "expected a list of indices"),
         ("mixlora", lambda m: m.prune_experts([4]), "from 0 to 3"),
         ("mixlora", lambda m: m.prune_experts([0, 1, 2]), "at least 2"),
         ("mola", lambda m: m.prune_experts({"lm_head": [0]}), "paths of routers, such as 'model.layers.0.self_attn.q"),
@@ -193,6 +198,32 @@ def test_what_makes_no_sense_is_refused_before_anything_changes(recipe: str, cha
         change(model)
     assert all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
     assert model._molora.config == config
+
+
+def test_indices_may_come_out_of_a_generator() -> None:
+    model = behaviours.armed("mixlora", "llama")
+    model.prune_experts(e for e in (0, 2))
+    assert {m.site.num_experts for _, m in sites_of(model).values()} == {1, 2}
+    model = behaviours.armed("mola", "llama", num_experts=3)
+    model.prune_experts({p: (e for e in (0,)) for p, m in sites_of(model).values() if p.endswith("q_proj")})
+    assert {m.site.num_experts for p, m in sites_of(model).values() if p.endswith("q_proj")} == {2}
+
+
+def test_a_frozen_B_stays_frozen_and_gets_no_new_expert() -> None:
+    """MiCA trains A alone: a new expert's B would stay 0, and pruning must not set the others' B free."""
+    model = molora.convert(tiny.base_model("llama"), "mola", num_experts=3, r=4, init_lora_weights="mica")
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(ConfigError, match="train A alone"):
+        model.add_expert()
+    model.prune_experts([1])
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trainable
+    assert not any(n.endswith("lora_B") for n in trainable)
+
+
+def test_experts_that_are_not_here_are_refused() -> None:
+    model = molora.convert(tiny.base_model("llama").to("meta"), "mola", num_experts=3, r=4)
+    with pytest.raises(ConfigError, match="on meta"):
+        model.prune_experts([1])
 
 
 def test_experts_that_share_a_logit_are_refused() -> None:

@@ -86,9 +86,10 @@ def test_mixlora_on_the_down_projection_and_attention_of_one_layer(tmp_path: Pat
     check(model, oracle.mixlora(gone, lambda p: oracle.top(p, 2), 3.0, 3.0, {}), tmp_path)
 
 
-def test_mixdora_is_read_as_the_lora_in_it_with_a_warning(tmp_path: Path):
+@pytest.mark.parametrize("own", [{"use_dora": True}, {"expert_lora": {"use_dora": True}}])
+def test_mixdora_is_read_as_the_lora_in_it_with_a_warning(own: dict[str, Any], tmp_path: Path):
     tensors = write.mixlora()
-    write.write(tmp_path / "foreign", write.mixlora_config(use_dora=True), tensors, "adapter_model.bin")
+    write.write(tmp_path / "foreign", write.mixlora_config(act_fn="swish", **own), tensors, "adapter_model.bin")
     with pytest.warns(UserWarning, match="magnitudes"):
         model = molora.load(base_model("llama"), tmp_path / "foreign", allow_pickle=True)
     check(model, oracle.mixlora(tensors, lambda p: oracle.top(p, 2), 3.0, 3.0, {}), tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from molora.errors import MoloraError
-from tests.foreign_cases import FORMATS, edited, refused
+from tests.foreign_cases import CLASSIFIER, FORMATS, edited, refused
 
 
 def rewrite(**changes: Any) -> Callable[[Path], None]:
@@ -49,6 +50,30 @@ def emptied(form: str, part: str) -> Callable[[Path], object]:
     )
 
 
+def again(form: str, part: str, old: str, new: str) -> Callable[[Path], object]:
+    """The tensors with ``part`` in their names a second time, other numbers, with ``new`` for ``old`` in the names."""
+    return lambda f: edited(
+        f / FORMATS[form][1], lambda t: t.update({k.replace(old, new): 2 * t[k] for k in list(t) if part in k})
+    )
+
+
+def both_shards(folder: Path) -> None:
+    """Two files that are both the whole."""
+    whole = folder / "model.safetensors"
+    for i in (1, 2):
+        shutil.copy(whole, folder / f"model-0000{i}-of-00002.safetensors")
+    whole.unlink()
+
+
+def numbered_wrong(folder: Path) -> None:
+    both_shards(folder)
+    (folder / "model-00002-of-00002.safetensors").rename(folder / "model-00007-of-00002.safetensors")
+
+
+def both(*edits: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda f: [edit(f) for edit in edits]
+
+
 def shard(folder: Path) -> None:
     """The first of two files, alone."""
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
@@ -80,6 +105,8 @@ FAULTS: dict[str, dict[str, Fault]] = {
         "widths": (cut("mixlora", f"{UP}.experts.1.lora_A", columns=31), "its experts are for linears of"),
         "empty": (emptied("mixlora", "layers.1.mlp.moe_gate"), "expected floating-point numbers"),
         "a_billion": (rewrite(num_experts=10**9), "the config says num_experts=1000000000"),
+        "activation": (rewrite(act_fn="gelu"), "act_fn='gelu' for the experts, expected the base's own .*silu"),
+        "no_activation": (rewrite(act_fn=["silu"]), "act_fn=.*expected the base's own"),
         "dropout": (rewrite(lora_dropout="0.05"), "lora_dropout: got '0.05'"),
         "layers": (renamed("mixlora", "layers.1", "layers.7"), "layers.7.*expected a checkpoint of this base"),
     },
@@ -92,8 +119,21 @@ FAULTS: dict[str, dict[str, Fault]] = {
         "shapes": (cut("mola", f"{UP}.lora_A_1", rows=1), "its experts have the shapes"),
         "empty": (emptied("mola", f"{UP}.router"), "expected floating-point numbers"),
         "alpha": (rewrite(lora_alpha="5"), "lora_alpha: got '5'"),
+        "a_module": (without("mola", f"{UP}."), "up_proj is named by target_modules and has no experts"),
+        "two_spellings": (again("mola", f"{UP}.lora_A_1", "A_1", "A_01"), "got .*lora_A_01"),
+        "two_prefixes": (again("mola", f"{UP}.lora_A_1", "base_model.model.", ""), "stand twice"),
+        "rslora": (rewrite(use_rslora=True), "use_rslora=True, expected experts and routers only"),
     },
     "meteora": {
+        "two_prefixes": (again("meteora", f"{UP}.lora_A", "base_model.model.", ""), "stands twice"),
+        "two_shards": (both_shards, "stands twice"),
+        "shard_numbers": (numbered_wrong, "every shard of one model"),
+        "base_of_no_dimension": (
+            lambda f: edited(
+                f / FORMATS["meteora"][1], lambda t: t.update({k: t[k].sum() for k in t if "base_layer" in k})
+            ),
+            r"base \(\); expected",
+        ),
         "gates": (cut("meteora", f"{UP}.moe_gate", rows=2), "with one E in all"),
         "ranks": (cut("meteora", f"{UP}.lora_A", rows=5), "expected .E, in., .E r, in."),
         "base": (cut("meteora", f"{UP}.base_layer", columns=31), r"base \(48, 31\)"),
@@ -108,11 +148,20 @@ FAULTS: dict[str, dict[str, Fault]] = {
         "biases": (without("xlora", "last.bias"), "some of the classifier's linears have a bias"),
         "names": (rewrite(adapters=[1, 2]), "expected names"),
         "no_config": (lambda f: (f / "xlora_config.json").write_text("{"), "no readable config"),
+        "biases_of_linears_alone": (
+            both(without("xlora", "last.bias"), rewrite(enable_relu_and_dropout=False)),
+            "some of the classifier's linears have a bias",
+        ),
+        "switch": (rewrite(enable_relu_and_dropout=0), "enable_relu_and_dropout='0', expected true or false"),
+        "two_spellings": (again("xlora", "inner.0", "inner.0", "inner.00"), r"got the tensor 'inner\.00"),
+        "long_name": (rewrite(adapters=["a" * 300, "code"]), "does not record adapters"),
         "chain": (rewrite(enable_relu_and_dropout=False, xlora_depth=3), "has 2 linears, its config says 3"),
     },
     "peft_xlora": {
         "empty": (without("peft_xlora", "classifier"), "has 0 linears.*loses classifier tensors"),
         "no_object": (rewrite(adapters=["0"]), "expected an object of folders"),
+        "long_path": (rewrite(adapters={"0": "a" * 300, "1": "1"}), "does not record adapters"),
+        "no_slot": (renamed("peft_xlora", f"{CLASSIFIER}3.", ""), "got the tensor '(weight|bias)'"),
         "strange_path": (rewrite(adapters={"0": "\0", "1": "1"}), "does not record adapters"),
         "no_expert": (lambda f: (f / "1" / "adapter_model.safetensors").unlink(), "there is no adapter_model"),
     },

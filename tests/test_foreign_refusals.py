@@ -107,6 +107,44 @@ def test_a_pickle_without_permission(form: str, tmp_path: Path):
     refused(tmp_path / "x", AdapterError, "expected a torch.save file", allow_pickle=True, **more)
 
 
+NOT_IN_THE_FILE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sparse": lambda t: t.to_sparse(),
+    "on_meta": lambda t: t.to("meta"),
+    "a_terabyte_of_one_number": lambda t: torch.zeros(1).expand(1 << 38),
+    "nested": lambda t: torch.nested.nested_tensor([t[0], t[1]]),
+    "eight_bits": lambda t: t.to(torch.float8_e4m3fn),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("case", NOT_IN_THE_FILE)
+@pytest.mark.parametrize("form", ["peft_lora", "mola"])
+def test_a_pickle_of_tensors_whose_numbers_it_does_not_hold(form: str, case: str, tmp_path: Path):
+    make, name, more = FORMATS[form]
+    make(tmp_path / "x")
+    path = tmp_path / "x" / name
+    tensors = load_file(path)
+    tensors[own(tensors)] = NOT_IN_THE_FILE[case](tensors[own(tensors)])
+    path.unlink()
+    torch.save(tensors, path.with_suffix(".bin"))
+    refused(tmp_path / "x", AdapterError, "all its numbers in the file", allow_pickle=True, **more)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_numbers_beyond_the_dtype_that_computes(form: str, tmp_path: Path):
+    make, name, more = FORMATS[form]
+    make(tmp_path / "x")
+    edited(tmp_path / "x" / name, lambda t: t.update({own(t): t[own(t)].double() * 1e300}))
+    refused(tmp_path / "x", AdapterError, "float64 values too large for torch.float32", **more)
+
+
+@pytest.mark.parametrize("form", ["xlora", "peft_xlora"])
+def test_names_of_adapters_that_are_no_text(form: str, tmp_path: Path):
+    FORMATS[form][0](tmp_path / "x")
+    refused(tmp_path / "x", ConfigError, r"got 1 \(1\)", adapters={1: "x"})
+    refused(tmp_path / "x", ConfigError, "expected .name: PEFT LoRA folder", adapters={1: "x", 2: "y"})
+
+
 BAD_ADAPTERS = (["a", "b"], ["a", "b", "b"], [["a"], ["b"], ["c"]], {"a": "x", "b": "y", "c": 3}, {"a": "x"})
 
 
@@ -125,4 +163,5 @@ def test_folders_of_another_rank_or_of_none(tmp_path: Path):
     refused(tmp_path / "x", AdapterError, "got rank 4, expected rank 2", **rest, adapters=folders)
     refused(tmp_path / "x", AdapterError, "expected a PEFT LoRA folder", **rest, adapters={**folders, "b": tmp_path})
     refused(tmp_path / "x", ConfigError, r"got \['lora_alpha'\]", **more | {"adapters": {**folders, "b": folders["a"]}})
-    refused(tmp_path / "x", ConfigError, "top_k: got 9 with 3 adapters", **{**more, "top_k": 9})
+    refused(tmp_path / "x", ConfigError, "(?s)x with .*top_k: got 9 with 3", **{**more, "top_k": 9})
+    refused(tmp_path / "x", ConfigError, "lora_alpha: got 0, expected a value above 0", **{**more, "lora_alpha": 0})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import molora
 from molora.errors import AdapterError, ConfigError
-from molora.install import sites_of
-from molora.interop.export import export_merged, mean_gates
-from molora.interop.peft_lora import read_peft_lora
 from tests.conftest import close
 from tests.test_peft_lora import loaded_by_peft
-from tests.tiny import adapters, base_model, batch, converted, output
+from tests.tiny import base_model, batch, output
 
 peft = pytest.importorskip("peft", reason="the comparison is with PEFT itself, which the extra `peft` installs")
 
@@ -96,6 +92,23 @@ def test_a_weight_that_is_stored_transposed_is_refused(tmp_path: Path):
         molora.load(base_model("gpt2"), tmp_path)
 
 
+# ---- the base's own tensors ----
+
+
+def test_the_frozen_weight_that_peft_writes_of_an_adapted_output_layer(tmp_path: Path):
+    theirs = trained("llama", tmp_path, r=4, target_modules=["q_proj", "lm_head"])
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(tmp_path / "adapter_model.safetensors")
+    inputs = {k: v for k, v in batch("llama").items() if k != "labels"}
+    for dtype, tolerance in ((torch.float32, "peft_lora"), (torch.bfloat16, "bf16")):
+        with torch.no_grad():
+            expected = theirs.to(dtype)(**inputs).logits
+        close(output(molora.load(base_model("llama").to(dtype), tmp_path).eval(), inputs), expected, tolerance)
+    changed = base_model("llama")
+    changed.lm_head.weight.data[0, 0] += 1e-3
+    with pytest.raises(AdapterError, match="brings a weight for lm_head that is not this base's"):
+        molora.load(changed, tmp_path)
+
+
 # ---- several adapters ----
 
 
@@ -116,77 +129,3 @@ def test_one_of_several_adapters_is_asked_for_by_name(tmp_path: Path):
         molora.load(base_model("llama"), tmp_path / "unused", adapters="default")
     with pytest.raises(ConfigError, match=r"adapters: got \['a'\], expected str"):
         molora.load(base_model("llama"), tmp_path / "named", adapters=["a"])
-
-
-# ---- a mixture at fixed weights as one LoRA ----
-
-
-def test_merged_at_fixed_weights_is_the_sum_of_the_experts(tmp_path: Path, root: Path):
-    """A router that gives the same weights to every token: the merge is then no approximation."""
-    model = converted("meteora", "llama", root, top_k=3).eval()
-    with torch.no_grad():
-        for n, p in model.named_parameters():
-            if "router" in n:
-                p.zero_()
-    third = {name: 1 / 3 for name in adapters(root, "llama")}
-    for i, weights in enumerate((third, [1 / 3] * 3)):
-        export_merged(model, tmp_path / str(i), weights)
-        close(
-            output(loaded_by_peft("llama", tmp_path / str(i)), batch("llama")),
-            output(model, batch("llama")),
-            "peft_lora",
-        )
-        close(
-            output(molora.load(base_model("llama"), tmp_path / str(i)), batch("llama")),
-            output(model, batch("llama")),
-            "peft_lora",
-        )
-    export_merged(model, tmp_path / "one", {"math": 1.0})
-    model.export_expert("math", tmp_path / "alone")
-    close(
-        *(output(molora.load(base_model("llama"), tmp_path / f), batch("llama")) for f in ("one", "alone")), "peft_lora"
-    )
-    assert "an approximation" in (tmp_path / "one" / "README.md").read_text()
-
-
-@pytest.mark.parametrize("recipe", list(molora.RECIPES))
-def test_measured_mean_gates_are_the_weights_of_the_sum(recipe: str, tmp_path: Path, root: Path):
-    model, inputs = converted(recipe, "llama", root).eval(), batch("llama")
-    inputs["attention_mask"][0, :3] = 0
-    with molora.record_routing(model) as tape:
-        output(model, inputs)
-    export_merged(model, tmp_path, mean_gates(tape))
-    merged = read_peft_lora(tmp_path).modules
-    assert output(loaded_by_peft("llama", tmp_path), inputs).isfinite().all()
-    sites = {path: m for path, m in sites_of(model).values() if m.bank is not None}
-    assert merged.keys() == sites.keys()
-    for path, m in sites.items():
-        lead = {s.site.block: p for p, s in sites.items() if s.site.block and s.site.lead}.get(m.site.block, path)
-        real = torch.cat([r.dense()[r.valid] for r in tape[lead]])
-        assert len(real) == 15
-        A, B, scale = merged[path]
-        parts = [(w, *m.bank.expert(e)) for e, w in enumerate(real.mean(0))]
-        close(scale * (B @ A), sum(w * s * (B_e @ A_e) for w, A_e, B_e, s in parts).detach(), "peft_lora")
-
-
-BAD_WEIGHTS: dict[str, tuple[str, Any, str]] = {
-    "too_few": ("meteora", [0.5, 0.5], "expected 3 numbers"),
-    "unknown_name": ("meteora", {"maths": 1.0}, "did you mean 'math'"),
-    "text": ("meteora", "even", "expected 3 numbers"),
-    "other_numbers_by_layer": ("mola", [0.5, 0.5], "give them by site"),
-    "no_names": ("mola", {"math": 1.0}, r"expected names out of model\.layers"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_WEIGHTS)
-def test_weights_that_do_not_fit_are_refused(case: str, tmp_path: Path, root: Path):
-    recipe, weights, words = BAD_WEIGHTS[case]
-    with pytest.raises(ConfigError, match=words):
-        export_merged(converted(recipe, "llama", root), tmp_path / "out", weights)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_tape_without_tokens_has_no_mean():
-    with pytest.raises(ConfigError, match="no real token"):
-        mean_gates({"q": []})
-    assert json.dumps(mean_gates({})) == "{}"

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 import molora
 from molora.errors import CheckpointError
 from molora.interop.names import exact_pattern, first_match
-from molora.interop.peft_lora import LoraAdapter, align, read_peft_lora, write_peft_lora
+from molora.interop.peft_lora import LoraAdapter, align, read_peft_lora
+from molora.interop.peft_writer import write_peft_lora
 from tests import tiny
 from tests.conftest import close
 

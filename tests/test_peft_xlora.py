@@ -17,7 +17,7 @@ from molora.errors import AdapterError, ConfigError
 from molora.interop.export import export_xlora
 from tests.conftest import close
 from tests.test_parity import folders, pefts
-from tests.tiny import base_model, batch, converted, output
+from tests.tiny import arm, base_model, batch, converted, output, write_adapter
 
 peft = pytest.importorskip("peft", reason="the comparison is with PEFT itself, which the extra `peft` installs")
 
@@ -97,6 +97,49 @@ def test_more_than_ten_experts_keep_their_numbers(tmp_path: Path, root: Path):
     )
     model = molora.load(base_model("llama"), tmp_path, adapters={n: folder for n in config["adapters"]})
     assert [n for n, _ in model._molora.config.adapters] == [str(i) for i in range(11)]
+
+
+def in_peft(folder: Path) -> torch.Tensor:
+    """The logits of the installed PEFT with an exported X-LoRA."""
+    base = base_model("llama")
+    base.config.use_cache = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft_logits(peft.PeftModel.from_pretrained(base, folder).eval())
+
+
+def test_an_export_of_more_than_ten_experts_keeps_their_order_in_peft(tmp_path: Path):
+    """PEFT numbers the experts as they come in the file, which must therefore not be sorted by name."""
+    own = {f"e{i}": str(write_adapter(tmp_path / f"e{i}", "llama", r=2, seed=i, only=("q_proj",))) for i in range(12)}
+    ours = arm(molora.convert(base_model("llama"), "xlora", adapters=own, **SMALL)).eval()
+    with torch.no_grad():
+        for p in ours.molora_router.parameters():
+            p.mul_(4.0)
+    export_xlora(ours, tmp_path / "out")
+    close(in_peft(tmp_path / "out"), output(ours, batch("llama")), "same_math_fp32")
+
+
+def test_a_module_that_pruning_left_without_experts_is_none_of_the_export(tmp_path: Path):
+    """PEFT's classifier has gates for modules with LoRA only."""
+    targets = {"a": ("q_proj", "v_proj"), "b": ("q_proj", "down_proj"), "c": ("q_proj",)}
+    own = {n: str(write_adapter(tmp_path / n, "llama", r=2, seed=3, only=only)) for n, only in targets.items()}
+    ours = arm(molora.convert(base_model("llama"), "xlora", adapters=own, **SMALL)).eval()
+    ours.prune_experts([1])
+    export_xlora(ours, tmp_path / "out")
+    close(in_peft(tmp_path / "out"), output(ours, batch("llama")), "same_math_fp32")
+    close(
+        output(molora.load(base_model("llama"), tmp_path / "out"), batch("llama")),
+        in_peft(tmp_path / "out"),
+        "peft_lora",
+    )
+
+
+def test_what_peft_could_not_load_is_not_exported(tmp_path: Path, root: Path):
+    with pytest.raises(ConfigError, match=r"got transformer\.h.*whose layers lie under 'model\.'"):
+        export_xlora(converted("xlora", "gpt2", root), tmp_path / "out")
+    with pytest.raises(ConfigError, match="global_scaling_weight other than 0"):
+        export_xlora(converted("xlora", "llama", root, global_scaling_weight=0.0), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_peft_loses_is_told(tmp_path: Path, root: Path):

@@ -108,6 +108,20 @@ def test_an_untrained_adapter_and_no_numbers_are_refused(tmp_path: Path):
         to_lora(tiny.base_model("llama"), tmp_path / "nan", tmp_path / "out", rank=4)
 
 
+def test_a_torn_file_is_refused_before_peft_reads_it(tmp_path: Path):
+    trained(tmp_path / "in", METHODS["dora"]())
+    path = tmp_path / "in" / "adapter_model.safetensors"
+    raw = path.read_bytes()
+    for torn in (raw[:-3], raw[:40], b"", b"x" * 100):
+        path.write_bytes(torn)
+        with pytest.raises(AdapterError, match="expected a whole safetensors file"):
+            to_lora(tiny.base_model("llama"), tmp_path / "in", tmp_path / "out", rank=4)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(AdapterError, match="expected a plain file"):
+        to_lora(tiny.base_model("llama"), tmp_path / "in", tmp_path / "out", rank=4)
+
+
 def quantised() -> Any:
     """A base with one linear that holds integers, as every quantiser's does."""
     model = tiny.base_model("llama")
@@ -134,6 +148,13 @@ def test_a_base_that_cannot_tell_the_difference_is_refused(case: str, tmp_path: 
 def test_a_rank_out_of_range_is_refused(rank: Any, tmp_path: Path):
     with pytest.raises(ConfigError, match="rank: got"):
         to_lora(tiny.base_model("llama"), tmp_path, tmp_path / "out", rank=rank)
+
+
+def test_inputs_that_the_base_cannot_run_are_refused(tmp_path: Path):
+    trained(tmp_path / "in", METHODS["dora"]())
+    for inputs in ({}, {"input_ids": torch.tensor([[999]])}):
+        with pytest.raises(ConfigError, match="inputs: the base cannot run them"):
+            to_lora(tiny.base_model("llama"), tmp_path / "in", tmp_path / "out", rank=4, inputs=inputs)
 
 
 def test_folders_that_are_none_or_the_same_are_refused(tmp_path: Path):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from molora.errors import AdapterError
 from molora.strict_json import open_regular
+from molora.tensor_file import DTYPES
 
 __all__ = ["load_pickle"]
 
@@ -34,7 +35,18 @@ def load_pickle(path: Path, *, allow_pickle: bool) -> dict[str, Tensor]:
             ) from e
     if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise AdapterError(f"{path}: got a {type(state).__name__}, expected named tensors and nothing else")
-    bad = [k for k, v in state.items() if v.is_floating_point() and not bool(v.isfinite().all())]
-    if bad:
-        raise AdapterError(f"{path}: {bad[0][:200]} holds NaN or infinite values, expected finite weights")
-    return state
+    for name, t in state.items():
+        if not _is_plain(t):
+            got = f"{t.dtype} ({t.layout}, {t.device})"
+            raise AdapterError(
+                f"{path}: {name[:200]}: got {got}, expected a dense tensor with all its numbers in the file"
+            )
+        if t.is_floating_point() and not bool(t.isfinite().all()):
+            raise AdapterError(f"{path}: {name[:200]} holds NaN or infinite values, expected finite weights")
+    return {name: t.detach() for name, t in state.items()}
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether the file holds every number of ``t``: strides can claim terabytes that one stored number stands for."""
+    dense = t.layout is torch.strided and not t.is_nested and t.device.type == "cpu" and t.dtype in DTYPES.values()
+    return dense and t.numel() * t.element_size() <= t.untyped_storage().nbytes()

@@ -41,7 +41,7 @@ class ConversionReport:
     ``method``: the folder's ``peft_type``. ``route``: ``"peft"`` (its own conversion made the factors),
     ``"difference"`` (truncated SVD of merged weight minus base weight), or both by module. ``model_error``: relative
     error of the change of the whole model's output, ``|f_lora - f_adapter| / |f_adapter - f_base|``; None without
-    inputs to the model.
+    inputs to the model. All errors are 0 where there is no change.
     """
 
     folder: str

@@ -124,13 +124,13 @@ def _components(
     peft = installed_peft("init_eva")
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     twin: Any = copy.deepcopy(model, dict(shared)).eval()
-    config = peft.LoraConfig(
-        r=rank,
-        init_lora_weights="eva",
-        target_modules=[f"{p}.base_layer" for p in paths],
-        eva_config=peft.EvaConfig(rho=1.0, tau=tau),
-    )
     try:
+        config = peft.LoraConfig(
+            r=rank,
+            init_lora_weights="eva",
+            target_modules=[f"{p}.base_layer" for p in paths],
+            eva_config=peft.EvaConfig(rho=1.0, tau=tau),
+        )
         with twin.disable_adapter():
             found = peft.get_eva_state_dict(
                 twin, batches, peft_config=config, **{"show_progress_bar": False, **options}

@@ -14,16 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molora.adapter_state import stacks_of
+from molora.adapter_state import stacks_of, trained_copies
 from molora.build import HEAD
 from molora.errors import ConfigError, nearest
 from molora.install import Mixture, sites_of
-from molora.interop.peft_lora import Module, write_peft_lora
+from molora.interop.peft_lora import Module
+from molora.interop.peft_writer import write_peft_lora
 from molora.interop.peft_xlora import CLASSIFIER, PEFT_TYPE
 from molora.layers import MixtureLinear
 from molora.model import MixtureModel
 from molora.routers import HiddenRouter
 from molora.staged import save_folder
+from molora.strict import matches
 
 __all__ = ["export_merged", "export_xlora", "mean_gates"]
 
@@ -46,7 +48,8 @@ def export_xlora(model: nn.Module, save_directory: str | os.PathLike[str]) -> No
     experts' folders without the config.
 
     Raises:
-        ConfigError: for a mixture that PEFT's X-LoRA cannot express: another router, or whole trained modules.
+        ConfigError: for a mixture that PEFT's X-LoRA cannot express: another router, whole trained modules, an expert
+            without ranks; or that its loader cannot put back (it knows bases whose layers lie under ``model.``).
         CheckpointError: when a folder cannot be written or holds something else.
     """
     mixture, head = _mixture(model, "export_xlora"), getattr(model, HEAD, None)
@@ -58,9 +61,7 @@ def export_xlora(model: nn.Module, save_directory: str | os.PathLike[str]) -> No
     placement, folder = mixture.config.placements[0], Path(save_directory)
     base = getattr(getattr(model, "config", None), "_name_or_path", "") or None
     names = [n for n, _ in mixture.config.adapters]
-    for e in range(len(names)):
-        experts = {m.site.path: m.bank.expert(e) for _, m in _banks(model) if m.bank is not None and m.bank.ranks[e]}
-        own = {path: (A, B, s / placement.global_scale) for path, (A, B, s) in experts.items()}
+    for e, own in enumerate(_experts(model, names, placement.global_scale)):
         write_peft_lora(folder / str(e), modules=own, base_model_name=base)
     router, gate = placement.router, placement.gate
     config = {
@@ -82,19 +83,48 @@ def export_xlora(model: nn.Module, save_directory: str | os.PathLike[str]) -> No
         "global_scaling_weight": placement.global_scale,
         "use_trainable_adapters": placement.train_experts,
     }
-    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    text = json.dumps(config, indent=2, allow_nan=False) + "\n"  # PEFT loads the adapters in the order of the file
     listed = "\n".join(f"- {e}: {n}" for e, n in enumerate(names))
     card = f"# X-LoRA in PEFT's format\n\nWritten by molora. Experts, by PEFT's numbers:\n\n{listed}\n"
-    save_folder(folder, peft_type=PEFT_TYPE, tensors=_classifier(head), describe=lambda _: text, card=card)
+    save_folder(folder, peft_type=PEFT_TYPE, tensors=_classifier(model, head), describe=lambda _: text, card=card)
 
 
-def _classifier(head: HiddenRouter) -> dict[str, Tensor]:
-    """The head's linears at the slots of PEFT's Sequential: ReLU, and Dropout if there is any, between them."""
+def _experts(model: nn.Module, names: Sequence[str], factor: float) -> list[dict[str, Module]]:
+    """The modules of each expert, without the factor that all share; ConfigError for what PEFT cannot load."""
+    out: list[dict[str, Module]] = [{} for _ in names]
+    for path, m in _banks(model):
+        assert m.bank is not None
+        if not path.startswith("model.") or path.startswith("model.model."):
+            raise ConfigError(
+                f"export_xlora: got {path}, expected a base whose layers lie under 'model.': PEFT's loader finds the "
+                "experts of no other; keep molora's own folder (save_pretrained), or write experts with export_expert"
+            )
+        for e, own in enumerate(out):
+            if m.bank.ranks[e] and factor:
+                A, B, scale = m.bank.expert(e)
+                own[path] = A, B, scale / factor
+    empty = [n for n, own in zip(names, out, strict=True) if not own]
+    if empty:
+        raise ConfigError(
+            f"export_xlora: got {empty} without a module, expected ranks in each expert and a global_scaling_weight "
+            "other than 0; prune those experts first"
+        )
+    return out
+
+
+def _classifier(model: nn.Module, head: HiddenRouter) -> dict[str, Tensor]:
+    """The head's linears at the slots of PEFT's Sequential: ReLU, and Dropout if there is any, between them.
+
+    Sites that no expert has ranks on, as pruning leaves them, are no modules of PEFT's and have no gates.
+    """
     stride = 3 if head.config.dropout > 0 else 2
+    last, used = len(head.layers) - 1, sorted(m.site.index for _, m in _banks(model) if m.bank and any(m.bank.ranks))
     out: dict[str, Tensor] = {}
     for i, layer in enumerate(head.layers):
         weight: Any = layer.weight
         bias: Any = torch.zeros(weight.shape[0]) if layer.bias is None else layer.bias
+        if i == last and head.config.layerwise:
+            weight, bias = (t.unflatten(0, (-1, head.num_experts))[used].flatten(0, 1) for t in (weight, bias))
         out |= {f"{CLASSIFIER}{stride * i}.weight": weight, f"{CLASSIFIER}{stride * i}.bias": bias}
     return out
 
@@ -121,9 +151,10 @@ def mean_gates(tape: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
 def export_merged(model: nn.Module, save_directory: str | os.PathLike[str], weights: Weights) -> None:
     """Write the mixture as one PEFT LoRA with the experts at fixed weights: an approximation, as its card says.
 
-    On each linear ``W x + sum_e w_e s_e B_e A_e x``, exactly, with w the same for all tokens; the mixture's own
+    On each linear ``W x + sum_e w_e s_e B_e A_e x``, in float32, with w the same for all tokens; the mixture's own
     weights depend on the token. Where experts are whole feed-forward blocks, the mean of their linears is taken and
-    not that of their outputs. The rank is the sum of the ranks of experts with a weight other than 0.
+    not that of their outputs. The rank is the sum of the ranks of experts with a weight other than 0. Modules trained
+    whole (``modules_to_save``) come along.
 
     ``weights``: one number an expert; or by adapter name (0 for those left out); or what :func:`mean_gates` measured,
     by site, a block's under its leading linear. Experts that are always on keep weight 1.
@@ -143,14 +174,18 @@ def export_merged(model: nn.Module, save_directory: str | os.PathLike[str], weig
         assert m.bank is not None
         parts = [(*m.bank.expert(e)[:2], w * m.bank.scales[e]) for e, w in enumerate(own) if w and m.bank.ranks[e]]
         if parts:
-            A, B = torch.cat([A for A, _, _ in parts]), torch.cat([B.float() * s for _, B, s in parts], dim=1)
-            modules[path] = (A, B.to(A.dtype), 1.0)
+            A, B = torch.cat([A for A, _, _ in parts]), torch.cat([B.double() * s for _, B, s in parts], dim=1)
+            wide = torch.promote_types(A.dtype, torch.float32)  # a scaled B rounds once more in half precision
+            modules[path] = (A.to(wide), B.to(wide), 1.0)
     card = (
         f"# One LoRA made of a {mixture.config.recipe} mixture: an approximation\n\n"
         "The mixture weighs its experts anew for each token; here each has one weight for all tokens, so outputs "
         f"differ from the mixture's. Written by molora's export_merged with weights\n\n    {str(weights)[:2000]}\n"
     )
-    write_peft_lora(save_directory, modules=modules, base_model_name=base, card=card, fused=stacks_of(model))
+    saved = {path: m.trained.state_dict() for path, m in trained_copies(model).items()}
+    write_peft_lora(
+        save_directory, modules=modules, base_model_name=base, card=card, fused=stacks_of(model), saved=saved
+    )
 
 
 def _banks(model: nn.Module) -> list[tuple[str, MixtureLinear]]:
@@ -176,7 +211,7 @@ def _of_site(mixture: Mixture, weights: Weights, m: MixtureLinear, lead: str) ->
             )
         else:
             values = [weights.get(n, 0.0) for n in names]
-    numbers = isinstance(values, Sequence) and all(isinstance(v, int | float) for v in values)
+    numbers = isinstance(values, Sequence) and all(matches(v, float) for v in values)  # finite, and no bool
     if not numbers or isinstance(values, str) or len(values) != E:
         raise ConfigError(
             f"export_merged: weights: got {str(values)[:200]} for {m.site.path}, expected {E} numbers, one an expert; "

@@ -164,7 +164,8 @@ def experts(
     folder: Path, model: nn.Module, adapters: Mapping[str, str | os.PathLike[str]], asked: Asked
 ) -> dict[str, LoraAdapter]:
     """PEFT LoRA folders as experts on this model, by name, in the given order."""
-    if not adapters or not all(isinstance(f, str | os.PathLike) for f in adapters.values()):
+    named = all(isinstance(n, str) and isinstance(f, str | os.PathLike) for n, f in adapters.items())
+    if not adapters or not named:
         raise ConfigError(
             f"load: adapters: got {shown(dict(adapters))} for {folder}, expected {{name: PEFT LoRA folder}}"
         )

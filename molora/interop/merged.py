@@ -18,7 +18,7 @@ from molora.errors import AdapterError, MoloraError
 from molora.interop.installed import installed_peft
 from molora.staged import WEIGHTS
 
-__all__ = ["Probe", "changes", "linear_weight", "load_adapter", "model_output", "probes", "told", "wide_copy"]
+__all__ = ["FAULTS", "Probe", "changes", "linear_weight", "load_adapter", "model_output", "probes", "told", "wide_copy"]
 
 ROWS = 64  # input vectors that a module's outputs are compared on
 HALF = (torch.float16, torch.bfloat16)

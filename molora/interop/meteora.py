@@ -27,7 +27,7 @@ from molora.tensor_file import TensorFile
 __all__ = ["read", "recognises"]
 
 GATE, A_KEY, B_KEY, BASE = ".moe_gate.weight", ".lora_A.weight", ".lora_B.weight", ".base_layer.weight"
-_SHARD = re.compile(r"model(?:-(\d{5})-of-(\d{5}))?\.safetensors")
+_SHARD = re.compile(r"model(?:-[0-9]{5}-of-[0-9]{5})?\.safetensors")
 
 
 def recognises(folder: Path, config: Mapping[str, Any]) -> bool:
@@ -83,22 +83,28 @@ def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:
             span, own = slice(e * r, (e + 1) * r), names[path]
             modules[own] = (A[span], B[:, span], scales[name][own])
         adapters[name] = LoraAdapter(os.fspath(given[name]) if isinstance(given, Mapping) else "", modules, None)
-    config = RECIPES["meteora"](adapters={n: a.folder for n, a in adapters.items()}, released=True, **options)
+    try:
+        config = RECIPES["meteora"](adapters={n: a.folder for n, a in adapters.items()}, released=True, **options)
+    except ConfigError as e:
+        raise ConfigError(f"load: {folder} with {shown(options)}: {e}") from e
     return Foreign(config, adapters, {f"{names[n]}.router.weight": gate for n, (gate, _, _) in tensors.items()})
 
 
 def _tensors(folder: Path) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Gate, A and B by linear, checked against each other; of the base only shapes are looked at."""
     files = [TensorFile(path, header_limit=HEADER_LIMIT) for path in _paths(folder)]
-    counts = [m[2] for f in files if (m := _SHARD.fullmatch(f.path.name))]
-    if counts != [None] and any(n is None or int(n) != len(files) for n in counts):
+    every = {f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))}
+    if {f.path.name for f in files} not in ({"model.safetensors"}, every):
         got = ", ".join(f.path.name for f in files)
         raise AdapterError(f"{folder}: got {got}, expected one file, or every shard of one model")
     wanted: dict[str, Tensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         own = [n for n in file.entries if n.endswith(GATE) or ".lora_" in n]
-        wanted |= {n.removeprefix(PREFIX): t for n, t in file.take(own).items()}
+        for name, t in file.take(own).items():
+            if name.removeprefix(PREFIX) in wanted:
+                raise AdapterError(f"{folder}: {name[:200]} stands twice, in two shards or with and without {PREFIX!r}")
+            wanted[name.removeprefix(PREFIX)] = t
         shapes |= {n.removeprefix(PREFIX): e.shape for n, e in file.entries.items() if n.endswith(BASE)}
     check_weights(folder, wanted)
     flat = [n for n, t in wanted.items() if t.ndim != 2]
@@ -114,12 +120,9 @@ def _tensors(folder: Path) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     experts = {gate.shape[0] for gate, _, _ in out.values()}
     for p, (gate, A, B) in out.items():
         base = shapes.get(p + BASE, (B.shape[0], gate.shape[-1]))
-        r = A.shape[0] // gate.shape[0]
-        fits = (A.shape, B.shape, base) == (
-            (r * gate.shape[0], gate.shape[1]),
-            (base[0], r * gate.shape[0]),
-            (base[0], gate.shape[1]),
-        )
+        (E, width), out_width = gate.shape, B.shape[0]
+        r = A.shape[0] // E
+        fits = (A.shape, B.shape, base) == ((r * E, width), (out_width, r * E), (out_width, width))
         if len(experts) > 1 or not fits or r < 1:
             got = f"gate {tuple(gate.shape)}, A {tuple(A.shape)}, B {tuple(B.shape)}, base {base}"
             raise AdapterError(
@@ -136,6 +139,8 @@ def _scales(
         alpha = asked.take(
             "lora_alpha", float, "the experts' lora_alpha, where no folders are given", "lora_alpha=16, ..."
         )
+        if alpha <= 0:
+            raise ConfigError(f"load: lora_alpha: got {alpha}, expected a value above 0")
         return {name: {path: alpha / r for path, r in ranks.items()} for name in given}
     out = {}
     for name, place in given.items():

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from molora.config import MoloraConfig
 from molora.errors import AdapterError, ConfigError
@@ -30,6 +31,8 @@ __all__ = ["read", "recognises"]
 
 PEFT_TYPE = "MIXLORA"
 OLD_NAMES = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}
+BASE_ACTIVATIONS = ("hidden_activation", "hidden_act", "activation_function")  # names in transformers' configs
+_POINTS = torch.linspace(-4, 4, 33)
 _GATE = re.compile(r"mixlora\.layers\.(\d{1,4})\.(?:mlp\.moe_gate|gate)\.weight")
 _EXPERT = re.compile(r"mixlora\.layers\.(\d{1,4})\.mlp\.(\w+)\.experts\.(\d{1,4})\.lora_([AB])\.weight")
 _OLD_EXPERT = re.compile(r"mixlora\.layers\.(\d{1,4})\.experts\.(\d{1,4})\.(\w+)\.lora_([AB])\.weight")
@@ -63,6 +66,7 @@ def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:
     config = read_config(folder / CONFIG)
     experts, E = _settings(folder, config, config.get("expert_lora")), config.get("num_experts")
     attention = _settings(folder, config, None)
+    _check_activation(folder / CONFIG, config.get("act_fn"), model)
     weights = _sorted(folder, read_tensors(folder, WEIGHTS, PICKLE, asked))
     if type(E) is not int or E < 1:
         raise AdapterError(f"{folder / CONFIG}: num_experts: got {str(E)[:50]}, expected a whole number of at least 1")
@@ -74,7 +78,7 @@ def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:
     for name, letters in weights.plain.items():
         A, B = _packed(folder, name, {(0, k): t for k, t in letters.items()}, 1, attention["r"])
         tensors |= {f"{names[name]}.bank.lora_A": A, f"{names[name]}.bank.lora_B": B}
-    if config.get("use_dora"):
+    if config.get("use_dora") or (config.get("expert_lora") or {}).get("use_dora"):
         warnings.warn(
             f"{folder}: a MixDoRA adapter without its magnitudes (that code never saves them): this is the LoRA in it, "
             "as that code itself computes after loading, and not what was trained",
@@ -93,6 +97,20 @@ def _settings(folder: Path, config: Mapping[str, Any], expert: Any) -> dict[str,
             f"{folder / CONFIG}: r: got {str(r)[:50]}, expected a rank (expert_lora: an object with one)"
         )
     return {k: merged.get(k) for k in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
+
+
+def _check_activation(path: Path, name: Any, model: nn.Module) -> None:
+    """AdapterError for an ``act_fn`` that computes something else than the base's own, which runs here."""
+    if name is None:
+        return
+    text = getattr(getattr(model, "config", None), "get_text_config", lambda: None)()
+    own = next((getattr(text, n) for n in BASE_ACTIVATIONS if isinstance(getattr(text, n, None), str)), None)
+    known = isinstance(name, str) and name in ACT2FN
+    if not known or own not in ACT2FN or not torch.allclose(ACT2FN[name](_POINTS), ACT2FN[own](_POINTS)):
+        raise AdapterError(
+            f"{path}: got act_fn={str(name)[:50]!r} for the experts, expected the base's own activation "
+            f"({own}), which they share here"
+        )
 
 
 def _sorted(folder: Path, tensors: Mapping[str, Tensor]) -> _Weights:

@@ -7,7 +7,7 @@ Neither the number of experts nor ``top_k`` is recorded: the first is counted, t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from molora.interop.peft_lora import PICKLE, PREFIX
 from molora.recipes import RECIPES
 from molora.staged import CONFIG, WEIGHTS
 from molora.strict import PerLayer
-from molora.targets import candidates
+from molora.targets import candidates, ends_with
 
 __all__ = ["read", "recognises"]
 
-_EXPERT = re.compile(r"(.+)\.lora_([AB])_(\d{1,4})\.weight")
+# Options of PEFT's config that MoLA's code does not have, or that add what is no expert.
+UNKNOWN = ("bias", "modules_to_save", "fan_in_fan_out", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+_EXPERT = re.compile(r"(.+)\.lora_([AB])_(0|[1-9][0-9]{0,3})\.weight")
 _ROUTER = re.compile(r"(.+)\.router\.router\.weight")
 
 
@@ -43,7 +45,7 @@ def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:
         AdapterError, ConfigError: for a config or weights that do not fit together or do not fit the model.
     """
     config = read_config(folder / CONFIG)
-    bad = [k for k in ("bias", "modules_to_save", "fan_in_fan_out") if config.get(k) not in (None, False, "none", [])]
+    bad = [k for k in UNKNOWN if config.get(k) not in (None, False, "none", [], {})]
     if bad:
         raise AdapterError(
             f"{folder / CONFIG}: got {bad[0]}={str(config[bad[0]])[:100]}, expected experts and routers only"
@@ -66,6 +68,7 @@ def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:
         }
     _check_ranks(folder, config["r"], ranks)
     stacks = {found[names[n]].stack for n in routers}
+    _check_targets(folder, config, [p for p, c in found.items() if c.stack in stacks], names.values())
     layers = 1 + max(c.layer for c in found.values() if c.stack in stacks)
     options: dict[str, Any] = {
         "r": _by_layer(ranks, layers),
@@ -98,6 +101,8 @@ def _sorted(
             routers[router[1]] = t
         elif expert:
             banks.setdefault(expert[1], {})[int(expert[3]), expert[2]] = t
+    if len(routers) + sum(map(len, banks.values())) != len(tensors):
+        raise AdapterError(f"{folder}: some of its {len(tensors)} tensors stand twice, with and without {PREFIX!r}")
     odd = sorted(banks.keys() ^ routers.keys())
     if odd or not routers:
         what = (
@@ -128,6 +133,16 @@ def _packed(
         )
     A, B = ([parts[e, letter] for e in range(experts)] for letter in "AB")
     return torch.cat(A), torch.cat(B, dim=1), A_shape[0]
+
+
+def _check_targets(folder: Path, config: Mapping[str, Any], paths: Iterable[str], held: Collection[str]) -> None:
+    """AdapterError for a linear that the config names and the file says nothing of: its router would be lost."""
+    said = config.get("target_modules")
+    if not isinstance(said, list) or config.get("layers_to_transform") is not None:
+        return
+    lost = [p for p in paths if p not in held and any(isinstance(n, str) and ends_with(p, n) for n in said)]
+    if lost:
+        raise AdapterError(f"{folder}: {lost[0]} is named by target_modules and has no experts; the file is not whole")
 
 
 def _check_ranks(folder: Path, recorded: list[Any], ranks: Mapping[int, int]) -> None:

@@ -1,10 +1,8 @@
-"""PEFT LoRA folders, read and written without PEFT: adapters become experts, an expert becomes an adapter."""
+"""PEFT LoRA folders, read without PEFT: adapters become experts."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,16 +10,16 @@ from typing import Any
 
 from torch import Tensor
 
-from molora.errors import AdapterError, CheckpointError, nearest
+from molora.errors import AdapterError, nearest
 from molora.interop.bin_file import load_pickle
-from molora.interop.names import exact_pattern, renamings
-from molora.interop.peft_config import PEFT_TYPE, refuse, saved_names, scale, targeted_parameter
-from molora.interop.peft_stacked import module_of, parted, stacked_names, to_file
-from molora.staged import CONFIG, CONFIG_LIMIT, WEIGHTS, save_folder
+from molora.interop.names import renamings
+from molora.interop.peft_config import refuse, saved_names, scale, targeted_parameter
+from molora.interop.peft_stacked import module_of, parted, stacked_names
+from molora.staged import CONFIG, CONFIG_LIMIT, WEIGHTS
 from molora.strict_json import read_object
 from molora.tensor_file import TensorFile
 
-__all__ = ["PREFIX", "LoraAdapter", "align", "read_peft_lora", "renaming", "write_peft_lora"]
+__all__ = ["PREFIX", "LoraAdapter", "align", "read_peft_lora", "renaming"]
 
 PREFIX = "base_model.model."
 PICKLE = "adapter_model.bin"
@@ -44,7 +42,8 @@ class LoraAdapter:
     names in the base, and ``saved_names`` the config's names for them. ``parameters``: modules that PEFT reached as
     parameters; there it takes the weight as it is stored. ``fused``: LoRAs of stacked experts by the parameter's path,
     A (E r, in) and B (out, E r) expert after expert; ``stacks``: what the file has of them, until the model says whose
-    they are (:func:`molora.interop.peft_stacked.placed`).
+    they are (:func:`molora.interop.peft_stacked.placed`). ``bases``: frozen tensors of adapted modules, by module and
+    name; PEFT writes those of an output layer that is adapted, and puts them back when it loads.
     """
 
     folder: str
@@ -56,6 +55,7 @@ class LoraAdapter:
     fused: dict[str, Module] = field(default_factory=dict)
     stacks: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    bases: dict[tuple[str, str], Tensor] = field(default_factory=dict)
 
 
 def read_peft_lora(
@@ -95,7 +95,9 @@ def read_peft_lora(
         )
     tensors = _tensors(folder, allow_pickle)
     saved = {k: t for k, t in tensors.items() if any(f".{n}." in f".{k}" for n in names) and _split(k)[1] is None}
-    found = _pairs(folder, {k: t for k, t in tensors.items() if k not in saved})
+    adapted = {_split(k)[0] for k in tensors if _split(k)[1] is not None}
+    bases = {k: parts for k in tensors if (parts := _of_base(k))[0] in adapted}
+    found = _pairs(folder, {k: t for k, t in tensors.items() if k not in saved and k not in bases})
     pairs, stacks = parted(folder / CONFIG, config, found, stacked)
     name = config.get("base_model_name_or_path")
     return LoraAdapter(
@@ -107,6 +109,7 @@ def read_peft_lora(
         parameters=tuple(path for path in pairs if targeted_parameter(config, path)),
         stacks=stacks,
         settings=config,
+        bases={parts: tensors[k] for k, parts in bases.items()},
     )
 
 
@@ -156,6 +159,12 @@ def _split(key: str) -> tuple[str, str | None]:
     return ".".join(parts[:-2]), parts[-2][-1]
 
 
+def _of_base(key: str) -> tuple[str, str]:
+    """``base_model.model.<path>.base_layer.<name>`` to (path, name); ("", "") for any other tensor."""
+    path, found, name = key.removeprefix(PREFIX).rpartition(".base_layer.")
+    return (path, name) if found else ("", "")
+
+
 def align(adapter: LoraAdapter, module_paths: Iterable[str]) -> dict[str, Module]:
     """The adapter's modules under the names of a model that has ``module_paths``.
 
@@ -186,58 +195,3 @@ def renaming(adapter: LoraAdapter, module_paths: Iterable[str]) -> dict[str, str
         f"{adapter.folder}: {lacks}: got {missing[0]}{nearest(missing[0], paths)} "
         f"Expected an adapter of this base model{made_for}"
     )
-
-
-def write_peft_lora(
-    folder: str | os.PathLike[str],
-    *,
-    modules: Mapping[str, Module],
-    base_model_name: str | None,
-    card: str | None = None,
-    fused: Mapping[str, tuple[Tensor, Tensor, float, int]] | None = None,
-) -> None:
-    """Save ``modules`` (path to A (r, in), B (out, r), scale) as a folder that PEFT loads and computes alike.
-
-    Modules of rank 0 are left out. ``fused``: path of a stacked parameter, those of a module in its order, to A (E r,
-    in), B (out, E r), scale and E. ``card`` becomes the README.md. Staged like molora's own folders, but PEFT checks
-    no digest: a crash while an export is written over an older one may leave the new weights beside the old config.
-
-    Raises:
-        CheckpointError: when nothing is left to save, or the folder cannot be written or holds something else.
-    """
-    kept = {path: m for path, m in modules.items() if m[0].shape[0]}
-    stacks = dict(fused or {})
-    if not kept and not stacks:
-        raise CheckpointError(f"{folder}: got no module of rank 1 or more, expected something to save")
-    ranks = {path: A.shape[0] for path, (A, _, _) in kept.items()}
-    ranks |= {path: A.shape[0] // E for path, (A, _, _, E) in stacks.items()}
-    scales = {path: m[2] for path, m in kept.items()} | {path: m[2] for path, m in stacks.items()}
-    alphas = {path: _whole(scale * ranks[path]) for path, scale in scales.items()}
-    r, alpha = Counter(ranks.values()).most_common(1)[0][0], Counter(alphas.values()).most_common(1)[0][0]
-    config = {
-        "peft_type": PEFT_TYPE,
-        "task_type": None,
-        "base_model_name_or_path": base_model_name or None,
-        "inference_mode": True,
-        "r": r,
-        "lora_alpha": alpha,
-        "rank_pattern": {exact_pattern(p): n for p, n in ranks.items() if n != r},
-        "alpha_pattern": {exact_pattern(p): a for p, a in alphas.items() if a != alpha},
-        "target_modules": sorted(kept),
-        **({"target_parameters": sorted(stacks)} if stacks else {}),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-    }
-    text = json.dumps(config, indent=2, sort_keys=True, allow_nan=False) + "\n"
-    pairs = {path: m[:2] for path, m in kept.items()} | to_file(stacks)
-    tensors = {f"{PREFIX}{p}.lora_{x}.weight": t for p, m in pairs.items() for x, t in zip("AB", m, strict=True)}
-    save_folder(Path(folder), peft_type=PEFT_TYPE, tensors=tensors, describe=lambda _: text, card=card)
-
-
-def _whole(value: float) -> float | int:
-    """Numbers that are whole as integers, the way PEFT writes them."""
-    return int(value) if value == int(value) else value

@@ -6,6 +6,7 @@ the numbered folders that it writes beside the classifier whole. So experts come
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def _inside(folder: Path, path: str) -> Path | None:
         return None
     root = folder.resolve()
     inner = (root / path).resolve()
-    return inner if inner != root and inner.is_relative_to(root) and inner.is_dir() else None
+    return inner if inner != root and inner.is_relative_to(root) and os.path.isdir(inner) else None
 
 
 def _ask(asked: Asked, names: list[str], recorded: Mapping[str, Any]) -> Any:

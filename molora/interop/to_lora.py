@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from molora.errors import AdapterError, ConfigError
 from molora.interop.conversion_report import ConversionReport, ModuleError
 from molora.interop.merged import (
+    FAULTS,
     Probe,
     changes,
     linear_weight,
@@ -29,12 +30,14 @@ from molora.interop.merged import (
     wide_copy,
 )
 from molora.interop.peft_config import PEFT_TYPE, check_start
-from molora.interop.peft_lora import PREFIX, write_peft_lora
+from molora.interop.peft_lora import HEADER_LIMIT, PREFIX
+from molora.interop.peft_writer import write_peft_lora
 from molora.model import MixtureModel
 from molora.staged import CONFIG, CONFIG_LIMIT, WEIGHTS
 from molora.strict import shown
 from molora.strict_json import read_object
 from molora.targets import candidates
+from molora.tensor_file import TensorFile
 
 __all__ = ["to_lora"]
 
@@ -79,7 +82,8 @@ def to_lora(
         AdapterError: for what no change of linears' weights can say: methods that do not merge (prompt and prefix
             tuning, adaption prompts, routers), trained biases, norms, embeddings and whole modules; for an initialiser
             whose residual the folder does not determine; for an adapter of another base.
-        ConfigError: for a quantised, converted or empty (meta) base; a rank out of range; PEFT not installed.
+        ConfigError: for a quantised, converted or empty (meta) base; a rank out of range; inputs that the base cannot
+            run; PEFT not installed.
     """
     folder = Path(folder)
     _check(base_model, rank)
@@ -87,7 +91,7 @@ def to_lora(
         raise ConfigError(f"to_lora: got out_folder={str(out_folder)!r}, the adapter's own; expected another folder")
     kind = _kind(folder)
     model = wide_copy(base_model)
-    base_out = None if inputs is None else model_output(model, inputs)
+    base_out = None if inputs is None else _base_output(model, inputs)
     adapted = load_adapter(model, folder)
     with told(folder, f"{kind} cannot be run on inputs alone"):
         probed = probes(base_model, model, inputs, seed)
@@ -106,7 +110,8 @@ def to_lora(
         routes.add(route)
     off = None
     if inputs is not None and adapter_out is not None and base_out is not None:
-        off = float((model_output(merged, inputs) - adapter_out).norm() / (adapter_out - base_out).norm())
+        size = float((adapter_out - base_out).norm())
+        off = float((model_output(merged, inputs) - adapter_out).norm()) / size if size else 0.0
     name = getattr(base_model, "name_or_path", None)
     write_peft_lora(out_folder, modules=modules, base_model_name=name)
     return ConversionReport(str(folder), kind, " and ".join(sorted(routes)), tuple(errors), off)
@@ -129,14 +134,26 @@ def _check(model: nn.Module, rank: int | float) -> None:
         )
 
 
+def _base_output(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    try:
+        return model_output(model, inputs)
+    except FAULTS as e:
+        got = f"{type(e).__name__}: {str(e)[:300]}"
+        raise ConfigError(
+            f"to_lora: inputs: the base cannot run them ({got}); expected arguments of its forward"
+        ) from e
+
+
 def _kind(folder: Path) -> str:
     """The folder's ``peft_type``; refuses what its config says cannot be converted."""
     try:
         config = read_object(folder / CONFIG, CONFIG_LIMIT)
     except (FileNotFoundError, NotADirectoryError) as e:
         raise AdapterError(f"{folder}: there is no {CONFIG}; expected a PEFT adapter folder") from e
-    if not (folder / WEIGHTS).is_file():
-        raise AdapterError(f"{folder}: there is no {WEIGHTS}; expected a PEFT adapter folder with its weights")
+    try:
+        TensorFile(folder / WEIGHTS, header_limit=HEADER_LIMIT).load()  # PEFT would add NaN, and says little of damage
+    except FileNotFoundError as e:
+        raise AdapterError(f"{folder}: there is no {WEIGHTS}; expected a PEFT adapter folder with its weights") from e
     if config.get("modules_to_save"):
         raise AdapterError(
             f"{folder}: got modules_to_save={shown(config['modules_to_save'])}, expected none: whole trained modules "

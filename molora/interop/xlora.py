@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,8 +59,12 @@ def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:
     layers = linears(
         root, read_tensors(root, "xlora_classifier.safetensors", "xlora_classifier.pt", asked), "inner.", "last"
     )
-    if len(layers) > 1 and config.get("enable_relu_and_dropout", True) is False:
-        layers, config = [_product(layers)], {**config, "xlora_depth": _linear_depth(root, config, layers)}
+    between = config.get("enable_relu_and_dropout", True)
+    if not isinstance(between, bool):
+        got = f"enable_relu_and_dropout={str(between)[:50]!r}"
+        raise AdapterError(f"{root / CONFIG}: got {got}, expected true or false")
+    if len(layers) > 1 and not between:
+        layers, config = [_product(root, layers)], {**config, "xlora_depth": _linear_depth(root, config, layers)}
     foreign = assemble(root, config, experts(folder, model, adapters, asked), layers)
     if config.get("enable_softmax_topk") and config.get("top_k_lora"):
         warnings.warn(
@@ -98,16 +103,18 @@ def _place(folder: Path, root: Path, name: str, path: str) -> Path | None:
         (folder / PUBLISHED_ADAPTERS, last),
     ]
     plain = ((place, n) for place, n in tries if n and n not in (".", "..") and "/" not in n)
-    return next((place / n for place, n in plain if (place / n).is_dir() and not (place / n).is_symlink()), None)
+    found = (place / n for place, n in plain if os.path.isdir(place / n))  # False, too, for what can be no name
+    return next((path for path in found if not path.is_symlink()), None)
 
 
-def _product(layers: Sequence[Linear]) -> Linear:
+def _product(root: Path, layers: Sequence[Linear]) -> Linear:
     """Linears with nothing between them are one linear: W = W_n ... W_1, b = W_n b' + b_n, in float64."""
     weight, bias = layers[0][0].double(), None if layers[0][1] is None else layers[0][1].double()
     for W, b in layers[1:]:
         if W.shape[1] != weight.shape[0]:
             raise AdapterError(
-                f"the classifier's linears do not follow each other: {tuple(W.shape)} after {tuple(weight.shape)}"
+                f"{root}: the classifier's linears do not follow each other: {tuple(W.shape)} after "
+                f"{tuple(weight.shape)}"
             )
         bias = None if bias is None or b is None else W.double() @ bias + b.double()
         weight = W.double() @ weight

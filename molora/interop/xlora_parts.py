@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from molora.recipes import RECIPES
 __all__ = ["Linear", "assemble", "given_adapters", "linears"]
 
 Linear = tuple[Tensor, Tensor | None]
+_SLOT = re.compile(r"0|[1-9][0-9]{0,5}")  # one way to write each number
 # Options of the recipe that both formats record under the same names, with the defaults of both.
 DEFAULTS: dict[str, Any] = {
     "enable_softmax": True,
@@ -42,7 +44,7 @@ def given_adapters(asked: Asked, names: Sequence[str], ordered: bool) -> dict[st
     given = asked.optional("adapters", dict, {})
     if given and names and len(given) != len(names):
         raise ConfigError(
-            f"load: adapters: got {len(given)} ({', '.join(given)}), but {asked.folder} mixes {len(names)} "
+            f"load: adapters: got {len(given)} ({', '.join(map(str, given))}), but {asked.folder} mixes {len(names)} "
             f"({', '.join(names)}); expected a folder for each"
         )
     return {n: given[n] for n in names} if ordered and given and set(given) == set(names) else dict(given)
@@ -52,20 +54,25 @@ def linears(folder: Path, tensors: Mapping[str, Tensor], prefix: str, last: str 
     """The head's linears from ``<prefix><slot>.weight|bias`` in the order of their slots, then those of ``last``.
 
     Raises:
-        AdapterError: for a tensor of another name, or a bias without its weight.
+        AdapterError: for a tensor of another name, a bias without its weight, or biases on some linears only.
     """
     found: dict[tuple[int, int], dict[str, Tensor]] = {}
     for key, t in tensors.items():
         start, _, kind = key.rpartition(".")
-        slot = start.removeprefix(prefix)
-        if kind not in ("weight", "bias") or not (start == last or (start.startswith(prefix) and slot.isdecimal())):
+        slot = _SLOT.fullmatch(start.removeprefix(prefix)) if start.startswith(prefix) else None
+        is_last = bool(last) and start == last
+        if kind not in ("weight", "bias") or not (slot or is_last):
             raise AdapterError(
                 f"{folder}: got the tensor {key[:200]!r}, expected those of the classifier's linears only"
             )
-        found.setdefault((1, 0) if start == last else (0, int(slot)), {})[kind] = t
+        found.setdefault((0, int(slot[0])) if slot else (1, 0), {})[kind] = t
     bare = [slot for slot, parts in found.items() if "weight" not in parts or parts["weight"].ndim != 2]
     if bare:
         raise AdapterError(f"{folder}: the classifier's linear {bare[0][1]} has no weight matrix, expected one")
+    if len({"bias" in parts for parts in found.values()}) > 1:
+        raise AdapterError(
+            f"{folder}: some of the classifier's linears have a bias and some have none, expected one way"
+        )
     return [(parts["weight"], parts.get("bias")) for _, parts in sorted(found.items())]
 
 
@@ -76,7 +83,7 @@ def assemble(
 
     Raises:
         AdapterError: when the head has linears too few or too many, gates for other numbers of experts or modules,
-            biases on some linears only, or the options do not go together.
+            or the options do not go together.
     """
     options = {name: recorded.get(name, default) for name, default in DEFAULTS.items()}
     try:
@@ -97,12 +104,7 @@ def assemble(
             f"{folder}: the classifier gives {gates} gates, expected {len(adapters) * modules}: "
             f"{len(adapters)} adapters{times}; the adapters are not the ones it was made for"
         )
-    biased = {bias is not None for _, bias in layers}
-    if len(biased) > 1:
-        raise AdapterError(
-            f"{folder}: some of the classifier's linears have a bias and some have none, expected one way"
-        )
-    if not biased.pop():
+    if layers[0][1] is None:
         bare = (p.replace(router=p.router.replace(bias=False)) for p in config.placements)
         config = config.replace(placements=tuple(bare))
     named = {
