@@ -42,6 +42,8 @@ class MixtureModel:
     ) -> None:
         """Write the adapter folder (never base weights): config, safetensors, model card; atomically.
 
+        A section of the card that ``molora report --card`` wrote stays with the weights that it speaks of.
+
         ``state_dict``: tensors to save instead of the model's own, under the names of ``model.state_dict()`` (as a
         gathered ZeRO-3 state). Other options of transformers' method have no meaning for an adapter and are ignored.
 
@@ -51,13 +53,14 @@ class MixtureModel:
         if not is_main_process:
             return
         model, mixture = cast(nn.Module, self), self._molora
+        tensors, base = saved_tensors(model, state_dict), mixture.fingerprint or fingerprint(model)
         write_adapter(
             save_directory,
             config=mixture.config,
             sites=mixture.sites,
-            tensors=saved_tensors(model, state_dict),
-            fingerprint=mixture.fingerprint or fingerprint(model),
-            card=model_card(model, mixture),
+            tensors=tensors,
+            fingerprint=base,
+            card=model_card(mixture, base, tensors),
         )
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:

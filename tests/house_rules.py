@@ -30,7 +30,7 @@ ROWS: tuple[Row, ...] = (
             "molora.processes",
         ),
     ),
-    (1, ("molora.tensor_file", "molora.staged")),
+    (1, ("molora.card_section", "molora.tensor_file", "molora.staged")),
     (1, ("molora.recipes",)),
     (1, ("molora.kernels",)),
     (2, ("molora.bank",)),
