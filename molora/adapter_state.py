@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from molora.errors import AdapterError
+from molora.errors import AdapterError, ConfigError, nearest
 from molora.install import HEAD, sites_of, wrappers_of
 from molora.layers import MixtureLinear, RoutedModule, SavedModule
 
-__all__ = ["merge_expert", "saved_tensors"]
+__all__ = ["expert_modules", "merge_expert", "saved_tensors"]
 
 PARTS = ("bank", "router", "trained")  # children of a wrapper that are saved
 T = TypeVar("T")
@@ -36,6 +36,33 @@ def merge_expert(m: MixtureLinear) -> None:
     transposed = weight.shape != delta_OI.shape or hasattr(m.base_layer, "nx")
     with torch.no_grad():
         weight.add_((delta_OI.t() if transposed else delta_OI).to(weight.dtype))
+
+
+def expert_modules(
+    model: nn.Module, names: Sequence[str], expert: str | int
+) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """A, B and scale of one expert, by index or by its name among ``names``, at every site that has it.
+
+    Sites with a single expert come along where others have several.
+
+    Raises:
+        ConfigError: when there is no such expert.
+    """
+    sites = [m for _, m in sites_of(model).values() if isinstance(m, MixtureLinear) and m.bank is not None]
+    largest = max(m.site.num_experts for m in sites)
+    if isinstance(expert, str) and expert not in names:
+        raise ConfigError(
+            f"export_expert: got {expert!r}, expected one of {names or 'the indices'}{nearest(expert, names)}"
+        )
+    index = names.index(expert) if isinstance(expert, str) else expert
+    if not 0 <= index < largest:
+        raise ConfigError(f"export_expert: got {index}, expected an index from 0 to {largest - 1}")
+    modules = {}
+    for m in sites:
+        e = index if m.site.num_experts > 1 or largest == 1 else 0
+        if e < m.site.num_experts and m.bank is not None and m.bank.ranks[e] > 0:
+            modules[m.site.path] = m.bank.expert(e)
+    return modules
 
 
 def saved_tensors(model: nn.Module, state_dict: Mapping[str, T] | None = None) -> dict[str, T]:

@@ -14,8 +14,9 @@ from molora import processes
 from molora.adapter_state import saved_tensors
 from molora.checkpoint import Described, check_fingerprint, load_tensors, read_adapter
 from molora.errors import AdapterError, ConfigError, TargetError
+from molora.hub import local_folder
 from molora.install import HEAD, Built, build, install
-from molora.interop.foreign import Asked, Importer, packed
+from molora.interop.foreign import ASKED, Asked, Importer, named_base, packed
 from molora.layers import SavedModule
 from molora.model import MixtureModel, adopt
 from molora.resolve import resolve
@@ -34,16 +35,21 @@ def load(
     trainable: bool = False,
     allow_pickle: bool = False,
     ignore_base: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
     **missing: Any,
 ) -> M:
     """Put the adapter in ``folder`` on ``base_model``, in place; returns the same object.
 
     Args:
         base_model: the model the adapter was made for; a bare class of the same shapes with ``ignore_base=True``.
-        folder: an adapter folder of molora, or of one of the formats in ``molora.interop.importers.IMPORTERS``.
+        folder: an adapter folder of molora, or of one of the formats in ``molora.interop.importers.IMPORTERS``; or
+            ``"user/name"`` on the Hugging Face Hub, where no folder of that name is here.
         trainable: leave the experts and routers trainable, as they were when trained.
         allow_pickle: for foreign ``.bin`` files only; molora's own folders never hold one.
         ignore_base: skip the comparison of the base's fingerprint, never that of shapes. Foreign folders have none.
+        revision, token, cache_dir: of a repository on the Hub, as for transformers' ``from_pretrained``.
         missing: what a foreign folder does not record, such as ``top_k`` or ``adapters``; the error without it says
             what it means. A molora folder records everything.
 
@@ -53,14 +59,14 @@ def load(
     """
     if isinstance(base_model, MixtureModel):
         raise ConfigError("load: this model already carries a mixture; call model.unload() first")
-    from molora.interop.importers import importer_of  # six readers, which `import molora` can do without
+    from molora.interop.importers import hub_files, importer_of  # readers that `import molora` can do without
 
+    folder = local_folder(folder, hub_files(allow_pickle), revision=revision, token=token, cache_dir=cache_dir)
     importer = importer_of(folder)
     if importer is not None:
-        return _foreign(base_model, importer, Asked(Path(folder), allow_pickle, missing), trainable)
+        return _foreign(base_model, importer, Asked(folder, allow_pickle, missing), trainable)
     adapter = read_adapter(folder)
-    if missing:
-        raise ConfigError(f"load: got {sorted(missing)}, but a molora folder records everything; leave them out")
+    _refuse_missing(missing)
     built = wrappers_for(adapter, base_model, ignore_base=ignore_base)
     fill(built, load_tensors(adapter), os.fspath(folder))
     adopt(base_model, install(base_model, built))
@@ -180,24 +186,56 @@ def restore(model: nn.Module, folder: str | os.PathLike[str]) -> None:
                 target.copy_(tensors[name])
 
 
-def from_pretrained(folder: str | os.PathLike[str], *, trainable: bool = False, **kwargs: Any) -> nn.Module:
-    """Load the base model named in the adapter folder with transformers, then the adapter onto it.
+def from_pretrained(
+    folder: str | os.PathLike[str],
+    *,
+    trainable: bool = False,
+    allow_pickle: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Load the base model that an adapter names, with transformers, then the adapter onto it.
 
-    ``kwargs`` go to ``AutoModelForCausalLM.from_pretrained`` (or the auto class that knows the base's class).
+    ``folder``, ``trainable``, ``allow_pickle`` and ``revision`` as in :func:`load`; ``token`` and ``cache_dir`` are
+    used for adapter and base. Of ``kwargs``, what a foreign format does not record (``top_k``, ``adapters``, ...: the
+    names in ``molora.interop.foreign.ASKED``) goes to :func:`load`, all the rest (``dtype``, ``device_map``, ...) to
+    ``from_pretrained`` of the base's class.
 
     Raises:
-        AdapterError: when the folder names no base model.
+        AdapterError: when the folder names no base model, or not its class.
+        ConfigError, TargetError: as :func:`load`; for a class that transformers does not have.
     """
+    from molora.interop.importers import hub_files, importer_of
+
+    place = local_folder(folder, hub_files(allow_pickle), revision=revision, token=token, cache_dir=cache_dir)
+    missing = {k: kwargs.pop(k) for k in ASKED if k in kwargs}
+    if importer_of(place) is None:
+        adapter = read_adapter(place)
+        _refuse_missing(missing)
+        name, class_name = adapter.fingerprint.get("base_model_name_or_path"), str(adapter.fingerprint.get("class"))
+    else:
+        name, class_name = named_base(place)
+    if not name:
+        raise AdapterError(f"{place}: names no base model; load the base yourself and call molora.load(base, folder)")
+    shared = {k: v for k, v in (("token", token), ("cache_dir", cache_dir)) if v is not None}
+    base = _base_class(place, class_name).from_pretrained(name, **shared, **kwargs)
+    return load(base, place, trainable=trainable, allow_pickle=allow_pickle, **missing)
+
+
+def _refuse_missing(missing: Mapping[str, Any]) -> None:
+    if missing:
+        raise ConfigError(f"load: got {sorted(missing)}, but a molora folder records everything; leave them out")
+
+
+def _base_class(folder: Path, name: str) -> Any:
     import transformers
 
-    adapter = read_adapter(folder)
-    name = adapter.fingerprint.get("base_model_name_or_path")
-    class_name = str(adapter.fingerprint.get("class", ""))
-    if not name:
-        raise AdapterError(f"{folder}: names no base model; load the base yourself and call molora.load(base, folder)")
-    cls = getattr(transformers, class_name, None)
-    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise TargetError(
-            f"{folder}: its base class {class_name!r} is not one of transformers; use molora.load(base, folder)"
-        )
-    return load(cls.from_pretrained(name, **kwargs), folder, trainable=trainable)
+    cls = getattr(transformers, name, None) if name.isidentifier() else None
+    auto = name.startswith("AutoModel") and hasattr(cls, "from_pretrained")
+    if auto or (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        return cls
+    raise TargetError(
+        f"{folder}: its base class {name[:100]!r} is not one of transformers; use molora.load(base, folder)"
+    )

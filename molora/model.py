@@ -12,12 +12,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from molora import context, reshape
-from molora.adapter_state import merge_expert, saved_tensors
+from molora import context, hub, reshape
+from molora.adapter_state import expert_modules, merge_expert, saved_tensors
 from molora.aux_loss import add_aux_loss
 from molora.checkpoint import fingerprint, write_adapter
 from molora.checkpointing import bind, rebind, unbind
-from molora.errors import ConfigError, nearest
+from molora.errors import ConfigError
 from molora.frames import arguments_of, open_frame
 from molora.install import HEAD, Mixture, sites_of, uninstall
 from molora.interop.peft_lora import write_peft_lora
@@ -38,14 +38,16 @@ class MixtureModel:
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Write the adapter folder (never base weights): config, safetensors, model card; atomically.
 
-        A section of the card that ``molora report --card`` wrote stays with the weights that it speaks of.
-
         ``state_dict``: tensors to save instead of the model's own, under the names of ``model.state_dict()`` (as a
-        gathered ZeRO-3 state). Other options of transformers' method have no meaning for an adapter and are ignored.
+        gathered ZeRO-3 state). ``push_to_hub``: upload the folder as well, to ``repo_id`` or one of the folder's name.
+        Other options of transformers' method have no meaning for an adapter and are ignored. A section of the card
+        that ``molora report --card`` wrote stays with the weights that it speaks of.
 
         Raises:
             CheckpointError: when the folder holds another model, or cannot be written.
@@ -62,6 +64,19 @@ class MixtureModel:
             fingerprint=base,
             card=model_card(mixture, base, tensors),
         )
+        if push_to_hub:
+            options = {k: v for k, v in kwargs.items() if k in hub.OPTIONS}
+            hub.upload(save_directory, repo_id or os.path.basename(os.path.abspath(save_directory)), **options)
+
+    def push_to_hub(self, repo_id: str, *, tags: str | Iterable[str] = (), **options: Any) -> str:
+        """Upload the adapter folder (config, weights and card; never base weights); returns the commit's address.
+
+        ``options``: ``token, private, revision, create_pr, commit_message, commit_description``. ``tags`` are added
+        to the card's. A README.md in the repository that does not speak of molora stays.
+        """
+        more = [tags] if isinstance(tags, str) else [*(tags or ())]
+        every = [*(getattr(self, "model_tags", None) or ()), *more]
+        return hub.push(self.save_pretrained, repo_id, tags=every, **options)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters."""
@@ -113,21 +128,8 @@ class MixtureModel:
         Raises:
             ConfigError: when there is no such expert.
         """
-        model, names = cast(nn.Module, self), [n for n, _ in self._molora.config.adapters]
-        sites = [m for _, m in sites_of(model).values() if isinstance(m, MixtureLinear) and m.bank is not None]
-        largest = max(m.site.num_experts for m in sites)
-        if isinstance(expert, str) and expert not in names:
-            raise ConfigError(
-                f"export_expert: got {expert!r}, expected one of {names or 'the indices'}{nearest(expert, names)}"
-            )
-        index = names.index(expert) if isinstance(expert, str) else expert
-        if not 0 <= index < largest:
-            raise ConfigError(f"export_expert: got {index}, expected an index from 0 to {largest - 1}")
-        modules = {}
-        for m in sites:
-            e = index if m.site.num_experts > 1 or largest == 1 else 0
-            if e < m.site.num_experts and m.bank is not None and m.bank.ranks[e] > 0:
-                modules[m.site.path] = m.bank.expert(e)
+        model = cast(nn.Module, self)
+        modules = expert_modules(model, [n for n, _ in self._molora.config.adapters], expert)
         base = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
         write_peft_lora(save_directory, modules=modules, base_model_name=base)
 

@@ -46,7 +46,7 @@ ROWS: tuple[Row, ...] = (
     (
         6,
         ("molora.adapter_state", "molora.aux_loss", "molora.checkpointing", "molora.frames", "molora.model")
-        + ("molora.model_card", "molora.parking", "molora.reshape", "molora.scaling_pass"),
+        + ("molora.hub", "molora.model_card", "molora.parking", "molora.reshape", "molora.scaling_pass"),
     ),
     (7, ("molora.interop", "molora.convert", "molora.load")),
     (7, ("molora.data", "molora.packing", "molora.records", "molora.sources")),
