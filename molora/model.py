@@ -14,16 +14,14 @@ from torch import Tensor, nn
 
 from molora import context, hub, reshape
 from molora.adapter_state import expert_modules, merge_expert, saved_tensors
-from molora.aux_loss import add_aux_loss
 from molora.checkpoint import fingerprint, write_adapter
 from molora.checkpointing import bind, rebind, unbind
 from molora.errors import ConfigError
-from molora.frames import arguments_of, open_frame
-from molora.install import HEAD, Mixture, sites_of, uninstall
+from molora.frames import arguments_of, run_in_frame
+from molora.install import Mixture, sites_of, uninstall
 from molora.interop.peft_lora import write_peft_lora
 from molora.layers import MixtureLinear
 from molora.model_card import model_card
-from molora.scaling_pass import two_passes
 
 __all__ = ["MixtureModel", "adopt", "mixture_class"]
 
@@ -214,16 +212,10 @@ def _run(
     kwargs: dict[str, Any],
     task_ids: Tensor | None,
 ) -> Any:
-    """One forward of a converted model: frame, scaling pass where the router is model-wide, base forward, losses."""
-    mixture: Mixture = model._molora
-    if context.is_off(mixture.owner):
+    """One forward of a converted model; the base's own where the mixture is off."""
+    if context.is_off(model._molora.owner):
         return inner(model, *args, **kwargs)
-    arguments = arguments_of(names, args, kwargs)
-    frame = open_frame(model, mixture, arguments, task_ids)
-    head = getattr(model, HEAD, None)
-    with context.use(frame):
-        outputs = inner(model, **arguments) if head is None else two_passes(model, inner, head, arguments, frame)
-    return add_aux_loss(model, mixture, outputs, frame, arguments)
+    return run_in_frame(model, inner, arguments_of(names, args, kwargs), task_ids)
 
 
 def adopt(model: nn.Module, mixture: Mixture) -> nn.Module:
