@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from molora.adapter_config import PEFT_TYPE as OURS
-from molora.interop import meteora, mixlora, mola, peft_xlora, plain_lora, xlora
+from molora.interop import meteora, mixlora, moe_peft, mola, peft_xlora, plain_lora, xlora
 from molora.interop.foreign import Importer, read_config
 from molora.interop.peft_config import refuse
 from molora.interop.peft_lora import PICKLE
@@ -19,6 +19,7 @@ IMPORTERS: dict[str, Importer] = {
     "PEFT X-LoRA": peft_xlora,
     "xlora": xlora,
     "MixLoRA and MoE-PEFT": mixlora,
+    "MoE-PEFT's MoLA and LoRAMoE": moe_peft,
     "MoLA": mola,
     "MeteoRA": meteora,
 }
