@@ -60,7 +60,7 @@ def upload(
         api.create_branch(name, branch=revision, exist_ok=True)
     commit = api.upload_folder(
         repo_id=name,
-        folder_path=folder,
+        folder_path=os.fspath(folder),
         allow_patterns=[CONFIG, WEIGHTS, CARD],
         revision=revision,
         create_pr=create_pr,
@@ -121,7 +121,7 @@ def local_folder(
             name,
             revision=revision,
             token=token,
-            cache_dir=cache_dir,
+            cache_dir=None if cache_dir is None else os.fspath(cache_dir),
             allow_patterns=list(patterns),
             ignore_patterns=CHECKPOINTS,
         )

@@ -220,7 +220,7 @@ def from_pretrained(
     if not name:
         raise AdapterError(f"{place}: names no base model; load the base yourself and call molora.load(base, folder)")
     shared = {k: v for k, v in (("token", token), ("cache_dir", cache_dir)) if v is not None}
-    base = _base_class(place, class_name).from_pretrained(name, **shared, **kwargs)
+    base: nn.Module = _base_class(place, class_name).from_pretrained(name, **shared, **kwargs)
     return load(base, place, trainable=trainable, allow_pickle=allow_pickle, **missing)
 
 

@@ -83,7 +83,8 @@ def _metadata(config: MoloraConfig, base: str, class_name: str) -> str:
 
 def _is_repo_id(name: str) -> bool:
     """Whether the Hub could know a model by this name, and it is no folder here."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not in its __all__
 
     try:
         validate_repo_id(name)

@@ -29,9 +29,12 @@ class _Balanced:
     As with the model's own loss, nothing is added in evaluation; the logged ``aux_loss`` is what was added.
     """
 
+    aux_loss_enabled: bool
+    router_aux_loss_coef: float
+
     def __init__(self, model: Any = None, *args: Any, **kwargs: Any) -> None:
         _refuse_supervised(model, kwargs.get("peft_config"))
-        super().__init__(model, *args, **kwargs)
+        super().__init__(model, *args, **kwargs)  # type: ignore[call-arg]  # a trainer's
         trained: Any = self.model  # type: ignore[attr-defined]
         base = trained.get_base_model() if hasattr(trained, "get_base_model") else trained
         if not hasattr(base, "_molora"):
@@ -61,7 +64,7 @@ class GRPOTrainer(_Balanced, trl.GRPOTrainer):  # type: ignore[misc,name-defined
 
 def _refuse_supervised(model: Any, peft_config: Any) -> None:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = getattr(getattr(base, "_molora", None), "config", None) or getattr(peft_config, "config", None)
+    config: Any = getattr(getattr(base, "_molora", None), "config", None) or getattr(peft_config, "config", None)
     for placement in getattr(config, "placements", ()):
         if any(rule.kind == "supervised" and rule.coef for rule in placement.balance):
             raise ConfigError(

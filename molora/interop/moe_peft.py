@@ -100,7 +100,8 @@ def _sorted(folder: Path, prefix: str, tensors: Mapping[str, Tensor]) -> _Weight
             raise AdapterError(
                 f"{folder}: got the tensor {key[:200]!r}, expected routers, experts and plain LoRA under {prefix!r}"
             )
-    if sum(map(len, (out.routers, *out.experts.values(), *out.plain.values()))) != len(tensors):
+    placed = len(out.routers) + sum(len(parts) for table in (out.experts, out.plain) for parts in table.values())
+    if placed != len(tensors):
         raise AdapterError(f"{folder}: some of its {len(tensors)} tensors stand twice, under numbers of two spellings")
     odd = sorted(out.routers.keys() ^ out.experts.keys())
     if odd or not out.routers:
