@@ -12,10 +12,11 @@ from typing import Any
 from molora.errors import AdapterError, ConfigError
 from molora.staged import CARD, CONFIG, WEIGHTS
 
-__all__ = ["OPTIONS", "local_folder", "push", "upload"]
+__all__ = ["OPTIONS", "local_folder", "push", "tag", "upload"]
 
 OPTIONS = ("token", "private", "revision", "create_pr", "commit_message", "commit_description")  # of upload()
 CHECKPOINTS = ["checkpoint-*", "last-checkpoint/*"]  # what a Trainer pushes beside the adapter
+WEIGHT_FILES = (".safetensors", ".bin", ".pt")
 Token = str | bool | None
 
 
@@ -32,7 +33,7 @@ def push(save: Callable[[str], object], repo_id: str, *, tags: Sequence[str] = (
         _fetch_card(name, Path(folder), token, revision)
         save(folder)
         if tags:
-            _tag(Path(folder) / CARD, tags)
+            tag(Path(folder) / CARD, tags)
         return upload(folder, name, **options)
 
 
@@ -81,7 +82,8 @@ def _fetch_card(repo_id: str, folder: Path, token: Token, revision: str | None) 
     shutil.copyfile(card, folder / CARD)
 
 
-def _tag(card: Path, tags: Sequence[str]) -> None:
+def tag(card: Path, tags: Sequence[str]) -> None:
+    """Add ``tags`` to those that stand on top of a model card."""
     from huggingface_hub import ModelCard
 
     read = ModelCard.load(card)
@@ -131,6 +133,9 @@ def local_folder(
             f"{name}: there is no such folder, and the Hugging Face Hub gave no repository of that name{at}: "
             f"{type(e).__name__}: {str(e).strip()[:500]}"
         ) from e
-    if not os.path.isdir(found) or not os.listdir(found):
-        raise AdapterError(f"{name}: the repository on the Hugging Face Hub holds none of {', '.join(patterns)}")
+    if not any(f.suffix in WEIGHT_FILES for f in Path(found).rglob("*")):
+        raise AdapterError(
+            f"{name}: the repository on the Hugging Face Hub has no weights among {', '.join(patterns)}; pickles "
+            "(adapter_model.bin) are fetched with allow_pickle=True only"
+        )
     return Path(found)

@@ -57,11 +57,14 @@ def load(folder: Path) -> None:
     for name, more, words in (
         ("me/none", {}, "there is no such folder, and the Hugging Face Hub gave no repository of that name: Repos"),
         ("me/mine", {"revision": "v9"}, "with the revision 'v9'"),
-        ("me/empty", {}, "holds none of adapter_config.json"),
+        ("me/empty", {}, "has no weights among adapter_config.json"),
+        ("me/pickled", {}, "pickles .adapter_model.bin. are fetched with allow_pickle=True only"),
         ("me/my..name", {}, "HFValidationError"),
     ):
         with pytest.raises(MoloraError, match=words):
             molora.from_pretrained(name, **more)
+    pickled = molora.load(tiny.base_model("llama"), "me/pickled", allow_pickle=True)
+    assert pickled._molora.config.recipe == "loramoe"
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ def test_a_model_uploads_its_three_files_and_nothing_of_the_base(hub: FakeHub, f
 @pytest.mark.slow
 def test_adapters_are_loaded_by_name_and_only_their_files_are_fetched(hub: FakeHub, folder: Path) -> None:
     """Not a base or pickles beside them, nor what a Trainer pushed; of a foreign one, also its experts."""
-    base = {"model.safetensors": b"a whole base", "training_args.bin": b"a pickle", "adapter_model.bin": b"a pickle"}
+    base = {"model.safetensors": b"a whole base", "training_args.bin": b"a pickle", "pytorch_model.bin": b"a pickle"}
     hub.repositories["me/mine"] |= {**base, "checkpoint-3/adapter_config.json": b"{}"}
     hub.repositories["me/empty"] = {"README.md": b"nothing", **base}
     config, head = write.xlora_config(), write.xlora_head(["inner.0", "last"], 28)
@@ -87,9 +87,11 @@ def test_adapters_are_loaded_by_name_and_only_their_files_are_fetched(hub: FakeH
     foreign = {str(p.relative_to(made)): p.read_bytes() for p in made.rglob("*") if p.is_file()}
     assert {"math/adapter_model.safetensors", "xlora_classifier.safetensors"} <= foreign.keys()
     hub.repositories["me/foreign"] = {**foreign, **base}
+    write.write(folder / "p", write.moe_peft_config("loramoe"), write.moe_peft("loramoe"), "adapter_model.bin")
+    hub.repositories["me/pickled"] = {p.name: p.read_bytes() for p in (folder / "p").iterdir()}
     hub.asked.clear()
     use(hub, "load", folder)
-    assert set(hub.asked) == (ADAPTER - {"README.md"}) | foreign.keys()
+    assert set(hub.asked) == (ADAPTER - {"README.md"}) | foreign.keys() | {"adapter_model.bin"}
     assert "Bearer other" in hub.tokens
     offline = molora.load(tiny.base_model("llama"), "me/mine", ignore_base=True, cache_dir=folder / "home" / "hub")
     assert offline._molora.config.recipe == "mola"

@@ -22,6 +22,7 @@ from molora.eval.card import routing_section, write_card
 from molora.eval.verdict import verdict
 from tests import documents, tiny
 from tests.folders import save, small_tensors
+from tests.training_runs import build, trainer
 
 PIPELINES = {
     "llama": "text-generation", "bert": "text-classification", "vit": "image-classification",
@@ -87,6 +88,18 @@ def test_the_sizes_are_those_of_the_saved_tensors(tmp_path: Path) -> None:
     found = sum(int(n.replace(",", "")) for n in sizes.values() if n[0].isdigit())
     assert found == sum(torch.Size(shape).numel() for shape, _ in read_adapter(tmp_path).tensors.values())
     assert sizes["modules trained whole"] == f"{sum(p.numel() for p in model.classifier.trained.parameters()):,}"
+
+
+def test_the_trainers_card_of_a_run_does_not_replace_the_adapters(tmp_path: Path) -> None:
+    it = trainer(build("mixlora"), tmp_path)
+    it.create_model_card(model_name="run")
+    assert "generated_from_trainer" in card_of(tmp_path)
+    (tmp_path / "README.md").unlink()
+    it.save_model()
+    before = ModelCard.load(tmp_path / "README.md")
+    it.create_model_card(model_name="run", tags=["law"])  # what its push_to_hub does
+    after = ModelCard.load(tmp_path / "README.md")
+    assert (after.text, after.data.tags) == (before.text, [*before.data.tags, "law"])
 
 
 # ---- what an evaluation found ----

@@ -235,3 +235,10 @@ def test_what_cannot_be_trained_so_is_said_in_words(root: Path, folder: Path, tm
         dpo(DPOTrainer, tiny.base_model("llama"), folder, tmp_path, peft_config=given)
     with pytest.raises(ConfigError, match="without a mixture; give a model that convert"):
         dpo(DPOTrainer, base(folder), folder, tmp_path)
+
+
+def test_a_trl_that_scores_otherwise_is_refused(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 1.16 there is no forward of TRL's on the model, and a balance loss would be lost without a word."""
+    monkeypatch.setattr("trl.trainer.dpo_trainer.add_fused_lm_head", lambda *args, **kwargs: None)
+    with pytest.raises(ConfigError, match=r"works with TRL from 1\.16 on"):
+        dpo(DPOTrainer, molora.convert(base(folder), "mola", r=2), folder, tmp_path)

@@ -42,6 +42,8 @@ class _Balanced:
                 f"{type(self).__name__}: got a {type(base).__name__} without a mixture; give a model that convert() or "
                 "load() returned, or peft_config=molora.peft_config(...); for anything else take TRL's own"
             )
+        if "forward" not in vars(base) or not hasattr(self, "aux_loss_enabled"):
+            raise ConfigError(f"{type(self).__name__}: works with TRL from 1.16 on, this is {trl.__version__}")
         own = self.router_aux_loss_coef if self.aux_loss_enabled else 0.0
         _frame_scoring(base, own)
         self.aux_loss_enabled, self.router_aux_loss_coef = True, 1.0
