@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from molora.build import HEAD
-from molora.errors import AdapterError
+from molora.errors import AdapterError, ConfigError, nearest
 from molora.fused import FusedExperts, FusedParameter
 from molora.install import sites_of, wrappers_of
 from molora.layers import MixtureLinear, RoutedModule, SavedModule
+from molora.strict import shown
 
-__all__ = ["keep_trained", "merge_expert", "merges", "saved_tensors", "stacks_of", "trained_copies"]
+__all__ = ["expert_modules", "keep_trained", "merge_expert", "merges", "saved_tensors", "stacks_of", "trained_copies"]
 
 PARTS = ("bank", "router", "trained")  # children of a wrapper that are saved
 T = TypeVar("T")
@@ -72,6 +73,33 @@ def keep_trained(model: nn.Module) -> None:
     """Make the trained copies of ``modules_to_save`` what is left when the wrappers come off, frozen like the base."""
     for m in trained_copies(model).values():
         m.original = m.trained.requires_grad_(False)
+
+
+def expert_modules(
+    model: nn.Module, names: Sequence[str], expert: str | int
+) -> dict[str, tuple[Tensor, Tensor, float]]:
+    """A, B and scale of one expert, by index or by its name among ``names``, at every site that has it.
+
+    Sites with a single expert come along where others have several.
+
+    Raises:
+        ConfigError: when there is no such expert.
+    """
+    sites = [m for _, m in sites_of(model).values() if isinstance(m, MixtureLinear) and m.bank is not None]
+    largest = max((m.site.num_experts for m in sites), default=1)
+    if isinstance(expert, str) and expert not in names:
+        raise ConfigError(
+            f"export_expert: got {expert!r}, expected one of {names or 'the indices'}{nearest(expert, names)}"
+        )
+    index = names.index(expert) if isinstance(expert, str) else expert
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < largest:
+        raise ConfigError(f"export_expert: got {shown(index)}, expected an index from 0 to {largest - 1}")
+    modules = {}
+    for m in sites:
+        e = index if m.site.num_experts > 1 or largest == 1 else 0
+        if e < m.site.num_experts and m.bank is not None and m.bank.ranks[e] > 0:
+            modules[m.site.path] = m.bank.expert(e)
+    return modules
 
 
 def saved_tensors(model: nn.Module, state_dict: Mapping[str, T] | None = None) -> dict[str, T]:

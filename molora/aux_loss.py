@@ -17,7 +17,7 @@ from molora.errors import ConfigError
 from molora.install import Mixture
 from molora.routers.balance import combine, observe_all
 
-__all__ = ["add_aux_loss", "predicted_labels"]
+__all__ = ["add_aux_loss", "balance_loss", "predicted_labels"]
 
 
 def predicted_labels(model: nn.Module, arguments: dict[str, Any], frame: Frame) -> Tensor:
@@ -53,22 +53,17 @@ def _weights(model: nn.Module, arguments: dict[str, Any], frame: Frame) -> Tenso
     return n_B / N.clamp_min(1.0)
 
 
-def add_aux_loss(model: nn.Module, mixture: Mixture, outputs: Any, frame: Frame, arguments: dict[str, Any]) -> Any:
-    """``loss`` grows by ``sum of coef * aux`` when the base returned one; ``aux_loss`` is the plain mean over routers.
-
-    Outputs of a dataclass get the field ``aux_loss`` in a subclass, plain dicts the key; tuples get the loss in place
-    0 only.
-
-    Raises:
-        ConfigError: for an output of another kind, which has no place for the loss.
-    """
+def balance_loss(
+    model: nn.Module, frame: Frame, arguments: dict[str, Any]
+) -> tuple[Tensor | float, Tensor | None] | None:
+    """(sum of coef * aux, plain mean over routers) of what the routers reported to ``frame``; None without a report."""
     by_rule: dict[BalanceConfig, list[Report]] = defaultdict(list)
     for report in frame.observations or ():
         by_rule[report.rule].append(report)
     asked = [(rule, observe_all(rule, reports)) for rule, reports in by_rule.items()]
     observed = [(rule, seen) for rule, seen in asked if seen]  # no walrus: torch.compile breaks the graph at its cell
     if not observed:
-        return outputs
+        return None
     weight_B = _weights(model, arguments, frame)
     total: Tensor | float = 0.0
     means = []
@@ -78,7 +73,22 @@ def add_aux_loss(model: nn.Module, mixture: Mixture, outputs: Any, frame: Frame,
         total = total + rule.coef * loss
         if rule.kind != "z":
             means.append(mean)
-    aux = torch.stack(means).mean() if means else None
+    return total, torch.stack(means).mean() if means else None
+
+
+def add_aux_loss(model: nn.Module, mixture: Mixture, outputs: Any, frame: Frame, arguments: dict[str, Any]) -> Any:
+    """``loss`` grows by ``sum of coef * aux`` when the base returned one; ``aux_loss`` is the plain mean over routers.
+
+    Outputs of a dataclass get the field ``aux_loss`` in a subclass, plain dicts the key; tuples get the loss in place
+    0 only.
+
+    Raises:
+        ConfigError: for an output of another kind, which has no place for the loss.
+    """
+    found = balance_loss(model, frame, arguments)
+    if found is None:
+        return outputs
+    total, aux = found
     if isinstance(outputs, tuple):
         has_loss = isinstance(arguments.get("labels"), Tensor) and outputs[0].ndim == 0
         return (outputs[0] + _like(total, outputs[0]), *outputs[1:]) if has_loss else outputs

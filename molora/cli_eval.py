@@ -129,11 +129,16 @@ def report(
         list[str] | None,
         typer.Option(help="End with code 1 if a run is: collapsed, unbalanced, unspecialised, without-effect."),
     ] = None,
+    card: Annotated[
+        Path | None, typer.Option(help="Also write what was found into the README.md of this adapter folder.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the verdicts as JSON and nothing else.")] = False,
 ) -> None:
     """Make one page of what was found, to look at offline: verdict, pictures, coloured text, tables.
 
     `molora report runs/eval` or, to compare, `molora report runs/eval_a runs/eval_b --out both.html`
+
+    On the model card of the adapter that was evaluated: `molora report runs/eval --card runs/mine`
 
     For CI: `molora report runs/eval --fail-if collapsed`
     """
@@ -147,8 +152,14 @@ def report(
             known = ", ".join(FAILURES)
             raise ConfigError(f"--fail-if: got {condition!r}, expected one of {known}{nearest(condition, FAILURES)}")
     documents = [read_document(run) for run in runs]
+    if card is not None and len(documents) > 1:
+        raise ConfigError(f"--card: got {len(documents)} evaluations, expected the one of the adapter in {card}")
     failed = [f"{d['name']} is {c}" for d in documents for c in fail_if or [] if fails(d, c)]
     page = out or (runs[0] if runs[0].is_dir() else runs[0].parent) / "report.html"
+    if card is not None:
+        from molora.eval.card import write_card
+
+        card = write_card(documents[0], card)
     write_report(documents, page)
     drawn: list[Path] = []
     if figures is not None:
@@ -157,10 +168,11 @@ def report(
         drawn = [p for d in documents for p in draw(d, figures, str(figure_format), several=len(documents) > 1)]
     if as_json:
         said = [{"name": d["name"], "verdict": [s._asdict() for s in verdict(d)]} for d in documents]
-        _print({"page": str(page), "figures": [str(p) for p in drawn], "runs": said, "failed": failed})
+        written = {"page": str(page), "card": card and str(card), "figures": [str(p) for p in drawn]}
+        _print({**written, "runs": said, "failed": failed})
     else:
         show_document(documents[0], output) if len(documents) == 1 else show_comparison(documents, output)
-        for path in (page, *drawn):
+        for path in (page, *([card] if card else []), *drawn):
             output.print(path, highlight=False, soft_wrap=True)
         for line in failed:
             Console(stderr=True).print(f"[bold red]failed:[/] {line}", highlight=False)

@@ -87,8 +87,10 @@ class Placement(Strict):
 
     def _unit_faults(self) -> list[str]:
         out, router, gate = [], self.router, self.gate
-        if (self.select == "ffn") != (router.scope == "block"):
-            out.append(f"select={self.select!r}: got a router of scope {router.scope!r}; 'ffn' and 'block' go together")
+        if router.scope == "block" and self.select != "ffn":
+            out.append(f"select={self.select!r}: got a router of scope 'block', expected select='ffn' with it")
+        if self.select == "ffn" and router.scope != "block" and (self.unit, router.scope) != ("linear", "module"):
+            out.append(f"select='ffn', unit={self.unit!r}: got a router of scope {router.scope!r}, expected 'block'")
         if self.unit == "ffn" and (self.select != "ffn" or router.kind == "fixed" or router.dropped_input):
             out.append("unit='ffn': needs select='ffn' and a router that chooses and sees the whole input")
         if router.scope == "model":

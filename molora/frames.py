@@ -1,17 +1,22 @@
-"""Open the frame of one forward from the arguments that the model was called with, and check them."""
+"""One forward in its frame, which is opened from the arguments that the model was called with, and checked."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from molora import context
+from molora.aux_loss import add_aux_loss
+from molora.build import HEAD
 from molora.context import Frame, editor_of, tape_of
 from molora.errors import ConfigError
 from molora.install import Mixture
+from molora.scaling_pass import two_passes
 
-__all__ = ["REST", "arguments_of", "open_frame"]
+__all__ = ["REST", "arguments_of", "open_frame", "run_in_frame"]
 
 REST = "*"  # stands for the positional arguments that a forward takes without a name
 MASKS = {"attention_mask": ("input_ids", "inputs_embeds"), "decoder_attention_mask": ("decoder_input_ids",)}
@@ -99,3 +104,26 @@ def open_frame(model: nn.Module, mixture: Mixture, arguments: dict[str, Any], ta
         tape=tape_of(mixture.owner),
         editor=editor,
     )
+
+
+def run_in_frame(
+    model: Any,
+    inner: Callable[..., Any],
+    arguments: dict[str, Any],
+    task_ids: Tensor | None = None,
+    given: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+    finish: Callable[..., Any] = add_aux_loss,
+) -> Any:
+    """``inner(model, **arguments)`` in a frame, after the scaling pass where the router is model-wide, then the losses.
+
+    ``inner``: the base's forward, or one of the same signature around its backbone. ``given``: the arguments as the
+    caller gave them, for a forward that takes some without a name. ``finish`` makes the result of
+    model, mixture, outputs, frame and arguments, as :func:`molora.aux_loss.add_aux_loss` does.
+    """
+    mixture: Mixture = model._molora
+    frame = open_frame(model, mixture, arguments, task_ids)
+    head = getattr(model, HEAD, None)
+    args, kwargs = given or ((), arguments)
+    with context.use(frame):
+        outputs = inner(model, *args, **kwargs) if head is None else two_passes(model, inner, head, arguments, frame)
+    return finish(model, mixture, outputs, frame, arguments)

@@ -102,7 +102,8 @@ class RoutedModule(nn.Module):
         return MoloraError(
             f"{self.site.path}: {what} is not there: the layer runs outside of the converted model's forward. Call the "
             "model itself; for activation checkpointing use the model's own (the Trainer flag or "
-            "gradient_checkpointing_enable()), not that of FSDP or DeepSpeed; for TRL molora.training.sft.SFTTrainer"
+            "gradient_checkpointing_enable()), not that of FSDP or DeepSpeed; for TRL molora.training.sft.SFTTrainer "
+            "and those of molora.training.preference"
         )
 
     def report(self, routing: Routing, frame: Frame | None, x_TI: Tensor) -> None:

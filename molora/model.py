@@ -12,20 +12,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from molora import context, reshape
-from molora.adapter_state import keep_trained, merge_expert, merges, saved_tensors, stacks_of, trained_copies
-from molora.aux_loss import add_aux_loss
-from molora.build import HEAD
+from molora import context, hub, reshape
+from molora.adapter_state import (
+    expert_modules,
+    keep_trained,
+    merge_expert,
+    merges,
+    saved_tensors,
+    stacks_of,
+    trained_copies,
+)
 from molora.checkpoint import fingerprint, write_adapter
 from molora.checkpointing import bind, rebind, unbind
-from molora.errors import ConfigError, nearest
-from molora.frames import REST, arguments_of, open_frame
+from molora.errors import ConfigError
+from molora.frames import REST, arguments_of, run_in_frame
 from molora.install import Mixture, sites_of, uninstall
 from molora.interop.peft_writer import write_peft_lora
-from molora.layers import MixtureLinear
 from molora.model_card import model_card
-from molora.scaling_pass import two_passes
-from molora.strict import shown
 
 __all__ = ["MixtureModel", "adopt", "mixture_class"]
 
@@ -40,12 +43,16 @@ class MixtureModel:
         save_directory: str | os.PathLike[str],
         is_main_process: bool = True,
         state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
         **kwargs: Any,
     ) -> None:
         """Write the adapter folder (never base weights): config, safetensors, model card; atomically.
 
         ``state_dict``: tensors to save instead of the model's own, under the names of ``model.state_dict()`` (as a
-        gathered ZeRO-3 state). Other options of transformers' method have no meaning for an adapter and are ignored.
+        gathered ZeRO-3 state). ``push_to_hub``: upload the folder as well, to ``repo_id`` or one of the folder's name.
+        Other options of transformers' method have no meaning for an adapter and are ignored. A section of the card
+        that ``molora report --card`` wrote stays with the weights that it speaks of.
 
         Raises:
             CheckpointError: when the folder holds another model, or cannot be written.
@@ -53,14 +60,28 @@ class MixtureModel:
         if not is_main_process:
             return
         model, mixture = cast(nn.Module, self), self._molora
+        tensors, base = saved_tensors(model, state_dict), mixture.fingerprint or fingerprint(model)
         write_adapter(
             save_directory,
             config=mixture.config,
             sites=mixture.sites,
-            tensors=saved_tensors(model, state_dict),
-            fingerprint=mixture.fingerprint or fingerprint(model),
-            card=model_card(model, mixture),
+            tensors=tensors,
+            fingerprint=base,
+            card=model_card(mixture, base, tensors),
         )
+        if push_to_hub:
+            options = {k: v for k, v in kwargs.items() if k in hub.OPTIONS}
+            hub.upload(save_directory, repo_id or os.path.basename(os.path.abspath(save_directory)), **options)
+
+    def push_to_hub(self, repo_id: str, *, tags: str | Iterable[str] = (), **options: Any) -> str:
+        """Upload the adapter folder (config, weights and card; never base weights); returns the commit's address.
+
+        ``options``: ``token, private, revision, create_pr, commit_message, commit_description``. ``tags`` are added
+        to the card's. A README.md in the repository that does not speak of molora stays.
+        """
+        more = [tags] if isinstance(tags, str) else [*(tags or ())]
+        every = [*(getattr(self, "model_tags", None) or ()), *more]
+        return hub.push(self.save_pretrained, repo_id, tags=every, **options)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters."""
@@ -115,21 +136,8 @@ class MixtureModel:
         Raises:
             ConfigError: when there is no such expert.
         """
-        model, names = cast(nn.Module, self), [n for n, _ in self._molora.config.adapters]
-        sites = [m for _, m in sites_of(model).values() if isinstance(m, MixtureLinear) and m.bank is not None]
-        largest = max((m.site.num_experts for m in sites), default=1)
-        if isinstance(expert, str) and expert not in names:
-            raise ConfigError(
-                f"export_expert: got {expert!r}, expected one of {names or 'the indices'}{nearest(expert, names)}"
-            )
-        index = names.index(expert) if isinstance(expert, str) else expert
-        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < largest:
-            raise ConfigError(f"export_expert: got {shown(index)}, expected an index from 0 to {largest - 1}")
-        modules = {}
-        for m in sites:
-            e = index if m.site.num_experts > 1 or largest == 1 else 0
-            if e < m.site.num_experts and m.bank is not None and m.bank.ranks[e] > 0:
-                modules[m.site.path] = m.bank.expert(e)
+        model = cast(nn.Module, self)
+        modules = expert_modules(model, [n for n, _ in self._molora.config.adapters], expert)
         base = getattr(getattr(model, "config", None), "_name_or_path", "") or ""
         saved = {path: m.trained.state_dict() for path, m in trained_copies(model).items()}
         fused = stacks_of(model)
@@ -218,16 +226,10 @@ def _run(
     kwargs: dict[str, Any],
     task_ids: Tensor | None,
 ) -> Any:
-    """One forward of a converted model: frame, scaling pass where the router is model-wide, base forward, losses."""
-    mixture: Mixture = model._molora
-    if context.is_off(mixture.owner):
+    """One forward of a converted model; the base's own where the mixture is off."""
+    if context.is_off(model._molora.owner):
         return inner(model, *args, **kwargs)
-    arguments = arguments_of(names, args, kwargs)
-    frame = open_frame(model, mixture, arguments, task_ids)
-    head = getattr(model, HEAD, None)
-    with context.use(frame):
-        outputs = inner(model, *args, **kwargs) if head is None else two_passes(model, inner, head, arguments, frame)
-    return add_aux_loss(model, mixture, outputs, frame, arguments)
+    return run_in_frame(model, inner, arguments_of(names, args, kwargs), task_ids, (args, kwargs))
 
 
 def adopt(model: nn.Module, mixture: Mixture) -> nn.Module:

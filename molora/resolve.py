@@ -117,12 +117,12 @@ class _Resolver:
         blocks = self.blocks(set(targets))
         members = {path for b in blocks for path in (*b.ups, b.down)}
         for i, p in enumerate(self.config.placements):
-            if p.select == "ffn":
+            if p.router.scope == "block":
                 for b in blocks:
                     self.sites += self.block(b, i, p, set(targets))
             else:
-                rest = [t for t in targets if p.select == "all" or t not in members]
-                self.sites += [self.site(t, i) for t in rest]
+                own = [t for t in targets if p.select == "all" or (t in members) == (p.select == "ffn")]
+                self.sites += [self.site(t, i) for t in own]
         self.sites += [self.stack(s, fused.get(s.path)) for s in stacks]
         order: dict[str, int] = {}
         for path, module in self.model.named_modules():

@@ -18,11 +18,12 @@ from typing import BinaryIO
 
 from torch import Tensor
 
+from molora.card_section import after_save
 from molora.errors import AdapterError, CheckpointError
-from molora.strict_json import read_object
+from molora.strict_json import open_regular, read_object
 from molora.tensor_file import TensorFile, write_tensors
 
-__all__ = ["CARD", "CONFIG", "CONFIG_LIMIT", "NEXT", "WEIGHTS", "save_folder", "signature"]
+__all__ = ["CARD", "CONFIG", "CONFIG_LIMIT", "NEXT", "WEIGHTS", "edit_card", "save_folder", "signature"]
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 NEXT = ".adapter_config.next.json"
@@ -73,15 +74,31 @@ def save_folder(
                 os.replace(new_weights, folder / WEIGHTS)
                 os.fsync(directory)
                 os.replace(folder / NEXT, folder / CONFIG)
-                if card is not None and _is_ours(folder / CARD):
-                    text = card.encode()
-                    os.replace(_stage(folder, CARD, lambda file: file.write(text)), folder / CARD)
+                if card is not None:
+                    _replace_card(folder, after_save(_card(folder), card, sha256))
                 os.fsync(directory)
     except OSError as e:
         raise CheckpointError(
             f"{folder}: could not be saved ({e}); an adapter that was there before is unharmed. "
             "Check the path, the free space and your rights there, and save again"
         ) from e
+
+
+def edit_card(folder: Path, edit: Callable[[str], str]) -> None:
+    """Replace the folder's README.md, empty where there is none, by what ``edit`` makes of it; nobody saves meanwhile.
+
+    Raises:
+        AdapterError: when it is not a plain file.
+        CheckpointError: when it cannot be written. What ``edit`` raises passes; the file then is as it was.
+    """
+    try:
+        with _locked(folder) as directory, _temporaries(folder):
+            with contextlib.suppress(FileNotFoundError):
+                os.close(open_regular(folder / CARD))
+            _replace_card(folder, edit(_card(folder) or ""))
+            os.fsync(directory)
+    except OSError as e:
+        raise CheckpointError(f"{folder / CARD}: could not be written ({e}); it is as it was") from e
 
 
 def signature(folder: Path) -> tuple[object, ...]:
@@ -172,9 +189,14 @@ def _finish(folder: Path) -> None:
         os.unlink(folder / NEXT)
 
 
-def _is_ours(card: Path) -> bool:
-    """Whether the model card may be written: there is none, or one of molora's; never somebody's own README."""
+def _card(folder: Path) -> str | None:
+    """The README.md that is there; bytes that are no UTF-8 come back as they were when it is written."""
     try:
-        return "molora" in card.read_text(encoding="utf-8", errors="replace")
+        return (folder / CARD).read_text(encoding="utf-8", errors="surrogateescape")
     except FileNotFoundError:
-        return True
+        return None
+
+
+def _replace_card(folder: Path, text: str) -> None:
+    data = text.encode("utf-8", "surrogateescape")
+    os.replace(_stage(folder, CARD, lambda file: file.write(data)), folder / CARD)

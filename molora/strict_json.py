@@ -18,13 +18,14 @@ __all__ = ["open_regular", "parse_object", "read_object"]
 MAX_DEPTH = 12  # the deepest config nests 6
 MAX_KEY = 1000  # characters
 MAX_DIGITS = 18  # every such integer fits 64 bits
-_HUB_BLOB = re.compile(r"\.\./\.\./blobs/[0-9a-f]{40}([0-9a-f]{24})?")
+_HUB_BLOB = re.compile(r"((?:\.\./){2,})blobs/[0-9a-f]{40}([0-9a-f]{24})?")
 
 
 def open_regular(path: Path) -> int:
     """A descriptor of the plain file ``path``, for reading. Never follows a link, never opens a device or a pipe.
 
-    One link is accepted: the hub cache's ``snapshots/<revision>/<name> -> ../../blobs/<hash>``, to a plain file there.
+    One link is accepted: the hub cache's ``snapshots/<revision>/<name> -> ../../blobs/<hash>``, also from a folder
+    within the revision, to a plain file there: the same repository's.
 
     Raises:
         FileNotFoundError: when there is nothing of that name.
@@ -32,12 +33,14 @@ def open_regular(path: Path) -> int:
     """
     mode = os.lstat(path).st_mode
     if stat.S_ISLNK(mode):
-        target = os.readlink(path)
-        if path.absolute().parent.parent.name != "snapshots" or not _HUB_BLOB.fullmatch(target):
+        target, here = os.readlink(path), path.absolute()
+        blob = _HUB_BLOB.fullmatch(target)
+        up = len(blob[1]) // 3 if blob else 0
+        if not blob or up >= len(here.parents) or here.parents[up - 1].name != "snapshots":
             raise AdapterError(
                 f"{path}: got a link to {target!r}, expected a plain file; copy the file into the folder"
             )
-        path = path.absolute().parent / target
+        path = here.parents[up] / target[3 * up :]
         mode = os.lstat(path).st_mode
     if not stat.S_ISREG(mode):
         raise AdapterError(f"{path}: got something that is not a plain file (mode {oct(mode)}), expected a plain file")

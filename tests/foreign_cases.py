@@ -40,6 +40,18 @@ FORMATS: dict[str, tuple[Callable[[Path], object], str, dict[str, Any]]] = {
         "adapter_model.safetensors",
         {},
     ),
+    "moe_peft_mola": (
+        lambda f: write.write(f, write.moe_peft_config("mola"), write.moe_peft("mola"), "adapter_model.safetensors"),
+        "adapter_model.safetensors",
+        {},
+    ),
+    "moe_peft_loramoe": (
+        lambda f: write.write(
+            f, write.moe_peft_config("loramoe"), write.moe_peft("loramoe"), "adapter_model.safetensors"
+        ),
+        "adapter_model.safetensors",
+        {},
+    ),
     "mola": (
         lambda f: write.write(f, write.mola_config(), write.mola(), "adapter_model.safetensors"),
         "adapter_model.safetensors",

@@ -72,6 +72,28 @@ def mixlora_config(**own: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def moe_peft(kind: str, experts: int = 3, r: int = 2, seed: int = 9) -> Tensors:
+    """MoE-PEFT's "mola" and "loramoe": a router and experts on each linear; "loramoe" has plain LoRA on attention."""
+    draw, out = Draw(seed), {}
+    for i in range(2):
+        for name, sizes in LINEARS.items():
+            key = f"{kind}.layers.{i}.{name}"
+            if kind == "loramoe" and name.startswith("self_attn"):
+                out |= draw.lora(key, sizes, r)
+                continue
+            out[f"{key}.moe_gate.weight"] = draw.normal(experts, sizes[0])
+            for e in range(experts):
+                out |= draw.lora(f"{key}.experts.{e}", sizes, r)
+    return out
+
+
+def moe_peft_config(kind: str, **own: Any) -> dict[str, Any]:
+    """What export() writes beside them: only "mola" has a top_k."""
+    more = {"peft_type": kind.upper(), "routing_strategy": kind, **({"top_k": 2} if kind == "mola" else {})}
+    shared = {k: v for k, v in mixlora_config().items() if k not in ("top_k", "peft_type", "routing_strategy")}
+    return {**shared, **more, **own}
+
+
 MOLA_EXPERTS, MOLA_RANKS = (2, 4), (3, 2)
 
 

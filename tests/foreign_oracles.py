@@ -96,6 +96,26 @@ def mola(t: Tensors, top_k: tuple[int, int], alpha: float) -> Tensor:
     return logits(formulas)
 
 
+def moe_peft(t: Tensors, kind: str, weights: Callable[[Tensor], Tensor], scale: float) -> Tensor:
+    """MoE-PEFT, each linear by itself: y + sum_e w_e(x) scale B_e A_e x, w of the softmax of the linear's own router;
+    where there is no router, y + scale B A x.
+    """
+    formulas: dict[str, Formula] = {}
+    for i in range(2):
+        for n in LINEARS:
+
+            def formula(x: Tensor, y: Tensor, key: str = f"{kind}.layers.{i}.{n}") -> Tensor:
+                if f"{key}.moe_gate.weight" not in t:
+                    return y + scale * delta(t, key, x)
+                w = weights(torch.softmax(x @ t[f"{key}.moe_gate.weight"].t(), -1))
+                for e in range(w.shape[-1]):
+                    y = y + w[..., e : e + 1] * scale * delta(t, f"{key}.experts.{e}", x)
+                return y
+
+            formulas[f"model.layers.{i}.{n}"] = formula
+    return logits(formulas)
+
+
 def meteora(t: Tensors, top_k: int, temperature: float, scales: list[float]) -> Tensor:
     """arXiv 2405.13053 sec. 3 as released: softmax of the top-k logits over T; expert e owns ranks e r to (e + 1) r."""
     E = len(scales)

@@ -30,7 +30,7 @@ ROWS: tuple[Row, ...] = (
             "molora.processes",
         ),
     ),
-    (1, ("molora.tensor_file", "molora.staged")),
+    (1, ("molora.card_section", "molora.tensor_file", "molora.staged")),
     (1, ("molora.recipes",)),
     (1, ("molora.kernels",)),
     (2, ("molora.bank",)),
@@ -42,11 +42,15 @@ ROWS: tuple[Row, ...] = (
         ("molora.interop.peft_lora", "molora.interop.peft_config", "molora.interop.bin_file", "molora.interop.names")
         + ("molora.interop.installed", "molora.interop.peft_stacked", "molora.interop.peft_writer"),
     ),
-    (5, ("molora.targets", "molora.target_parameters", "molora.resolve", "molora.build", "molora.install")),
+    (
+        5,
+        ("molora.targets", "molora.target_parameters", "molora.resolve", "molora.build", "molora.fitting")
+        + ("molora.install",),
+    ),
     (
         6,
         ("molora.adapter_state", "molora.aux_loss", "molora.checkpointing", "molora.frames", "molora.model")
-        + ("molora.model_card", "molora.parking", "molora.reshape", "molora.scaling_pass"),
+        + ("molora.hub", "molora.model_card", "molora.parking", "molora.reshape", "molora.scaling_pass"),
     ),
     (7, ("molora.interop", "molora.convert", "molora.load")),
     (7, ("molora.data", "molora.packing", "molora.records", "molora.sources")),

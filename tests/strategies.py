@@ -107,6 +107,7 @@ def configs(draw: st.DrawFn) -> MoloraConfig:
                 [("ffn", "block", "ffn")],
                 [("ffn", "block", "ffn"), ("rest", "module", "linear")],
                 [("ffn", "block", "linear"), ("rest", "module", "linear")],
+                [("ffn", "module", "linear"), ("rest", "module", "linear")],
                 [("rest", "module", "linear")],
                 [("rest", "model", "linear")],
             )

@@ -103,6 +103,20 @@ def test_json_is_all_that_stdout_holds_and_the_same_seed_gives_the_same_bytes(
     assert [r["verdict"][0]["key"] for r in json.loads(said)["runs"]] == ["balance", "balance"]
     assert (tmp_path / "both.html").is_file()
 
+    code, said, _ = run("report", tmp_path / "a", "--card", place / "mine", "--json")
+    assert (code, json.loads(said)["card"]) == (0, str(place / "mine" / "README.md"))
+    assert (place / "mine" / "README.md").read_text().count("## Routing") == 1
+    said = run("report", tmp_path / "a", "--card", place / "mine")[1]
+    assert said.rstrip().endswith(f"{tmp_path / 'a' / 'report.html'}\n{place / 'mine' / 'README.md'}")
+    (tmp_path / "a" / "report.html").unlink()
+    for runs, folder, words in (
+        (["a"], "plain", "evaluate this adapter, or name the folder that was evaluated"),
+        (["a", "b"], "mine", "--card: got 2 evaluations, expected the one of the adapter in"),
+    ):
+        code, _, err = run("report", *(tmp_path / r for r in runs), "--card", place / folder)
+        assert (code, words in err) == (2, True)
+    assert not (tmp_path / "a" / "report.html").exists()
+
 
 def test_what_was_cut_off_goes_on_where_it_stopped(place: Path, tmp_path: Path) -> None:
     asked: list[str] = []

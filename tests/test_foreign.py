@@ -228,6 +228,8 @@ def test_a_softmax_over_the_whole_batch_is_told(tmp_path: Path):
 
 def test_each_folder_is_of_one_format(tmp_path: Path):
     write.write(tmp_path / "MixLoRA and MoE-PEFT", write.mixlora_config(), write.mixlora(), "adapter_model.bin")
+    of_moe_peft = tmp_path / "MoE-PEFT's MoLA and LoRAMoE"
+    write.write(of_moe_peft, write.moe_peft_config("mola"), write.moe_peft("mola"), "adapter_model.bin")
     write.write(tmp_path / "MoLA", write.mola_config(), write.mola(), "adapter_model.bin")
     write.write(tmp_path / "MeteoRA", None, write.meteora(), "model.safetensors")
     write.write_xlora(tmp_path / "xlora", tmp_path / "loras", write.xlora_config(), write.xlora_head(["last"], 2))

@@ -18,6 +18,8 @@ TRAINED = {
     "peft_xlora": {"router"},
     "xlora": {"router"},
     "mixlora": {"bank", "router"},
+    "moe_peft_mola": {"bank", "router"},
+    "moe_peft_loramoe": {"bank", "router"},
     "mola": {"bank", "router"},
     "meteora": {"bank", "router"},
 }

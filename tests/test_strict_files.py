@@ -83,6 +83,20 @@ def test_links_of_the_hub_cache_and_no_others(tmp_path: Path):
         link.symlink_to(target)
         with pytest.raises(AdapterError, match="link"):
             open_regular(link)
+    inner = snapshot / "math" / "a.json"
+    inner.parent.mkdir()
+    inner.symlink_to(f"../../../blobs/{blob.name}")
+    os.close(open_regular(inner))
+    (tmp_path / "snapshots" / "blobs").symlink_to(blobs)
+    for target in (
+        f"../../blobs/{blob.name}",
+        f"../../../../{tmp_path.name}/blobs/{blob.name}",
+        f"../blobs/{blob.name}",
+    ):
+        inner.unlink()
+        inner.symlink_to(target)
+        with pytest.raises(AdapterError, match="link"):
+            open_regular(inner)
     blob.rename(blobs / ("b2" * 20))
     blob.symlink_to("b" * 40)
     link.unlink()

@@ -16,7 +16,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from molora import processes
 from molora.errors import CheckpointError
+from molora.hub import tag
 from molora.load import restore
+from molora.staged import CARD, CONFIG
 from molora.training import checkpoints, sharded
 
 __all__ = ["WholeCheckpoints"]
@@ -37,6 +39,14 @@ class WholeCheckpoints(transformers.Trainer):
             self._save(output_dir, state_dict=state)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' card of a run; where an adapter lies in the folder, its card stays and gets the ``tags``."""
+        folder, tags = Path(self.args.output_dir or ""), kwargs.get("tags")
+        if not (folder / CONFIG).exists():
+            super().create_model_card(*args, **kwargs)
+        elif tags and self.is_world_process_zero():
+            tag(folder / CARD, [tags] if isinstance(tags, str) else tags)
 
     def save_adapter(self, folder: Path | str) -> None:
         """Write the adapter folder and nothing else (no tokenizer, no arguments). Every process has to call it."""

@@ -17,24 +17,38 @@ from molora.errors import AdapterError, ConfigError, nearest
 from molora.interop.bin_file import load_pickle
 from molora.interop.names import renamings
 from molora.interop.peft_lora import HEADER_LIMIT, LoraAdapter
-from molora.staged import CONFIG_LIMIT
+from molora.staged import CONFIG, CONFIG_LIMIT
 from molora.strict import matches, shown, type_name
 from molora.strict_json import read_object
 from molora.targets import candidates, ends_with
 from molora.tensor_file import TensorFile
 
 __all__ = [
+    "ASKED",
     "Asked",
     "Foreign",
     "Importer",
     "check_weights",
     "experts",
     "in_model",
+    "named_base",
     "packed",
     "read_config",
     "read_tensors",
     "targets",
 ]
+
+# What formats may ask the caller for; none of these is an option of transformers' from_pretrained.
+ASKED = ("adapters", "lora_alpha", "scaling_pass_value", "temperature", "top_k")
+# PEFT's task_type to the class that its AutoPeftModelFor... of that task loads.
+TASKS = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +84,7 @@ class Asked:
 
     def optional(self, name: str, hint: Any, default: Any) -> Any:
         """The keyword ``name`` where it was given, checked for its type; else ``default``."""
+        assert name in ASKED, "from_pretrained tells what is for load by this table"
         self.known.append(name)
         value = self.given.get(name)
         if value is not None and not matches(value, hint):
@@ -107,6 +122,27 @@ def read_config(path: Path) -> dict[str, Any]:
         return read_object(path, CONFIG_LIMIT)
     except (OSError, AdapterError):
         return {}
+
+
+def named_base(folder: Path) -> tuple[str, str]:
+    """The base model that a config in PEFT's layout names, "" without one, and the transformers class to load it with.
+
+    Raises:
+        AdapterError: for a base whose class is not recorded: neither a known ``task_type`` nor an ``auto_mapping``.
+    """
+    config = read_config(folder / CONFIG)
+    name, mapped = config.get("base_model_name_or_path"), config.get("auto_mapping")
+    if not isinstance(name, str) or not name:
+        return "", ""
+    recorded = mapped.get("base_model_class") if isinstance(mapped, dict) else None
+    found = TASKS.get(str(config.get("task_type"))) or recorded
+    if not isinstance(found, str):
+        task = str(config.get("task_type"))[:50]
+        raise AdapterError(
+            f"{folder / CONFIG}: got task_type={task!r}, which does not say the class of its base, expected one of "
+            f"{', '.join(TASKS)}; load the base yourself and call molora.load(base, folder)"
+        )
+    return name, found
 
 
 def read_tensors(folder: Path, safe: str, pickle: str, asked: Asked) -> dict[str, Tensor]:

@@ -6,21 +6,34 @@ import os
 from pathlib import Path
 
 from molora.adapter_config import PEFT_TYPE as OURS
-from molora.interop import meteora, mixlora, mola, peft_xlora, plain_lora, xlora
+from molora.interop import meteora, mixlora, moe_peft, mola, peft_xlora, plain_lora, xlora
 from molora.interop.foreign import Importer, read_config
 from molora.interop.peft_config import refuse
-from molora.staged import CONFIG
+from molora.interop.peft_lora import PICKLE
+from molora.staged import CONFIG, WEIGHTS
 
-__all__ = ["IMPORTERS", "importer_of"]
+__all__ = ["IMPORTERS", "hub_files", "importer_of"]
 
 IMPORTERS: dict[str, Importer] = {
     "PEFT LoRA": plain_lora,
     "PEFT X-LoRA": peft_xlora,
     "xlora": xlora,
     "MixLoRA and MoE-PEFT": mixlora,
+    "MoE-PEFT's MoLA and LoRAMoE": moe_peft,
     "MoLA": mola,
     "MeteoRA": meteora,
 }
+
+# What of a repository on the Hub is downloaded: the files of molora's, PEFT's and X-LoRA's folders and their experts'.
+# Never all safetensors: a repository may hold its base model, too, and MeteoRA's files are whole models.
+_SAFE = (CONFIG, WEIGHTS, "xlora_config.json", "xlora_classifier.safetensors")
+_PICKLES = (PICKLE, "xlora_classifier.pt")
+
+
+def hub_files(allow_pickle: bool) -> tuple[str, ...]:
+    """Patterns of the files that a reader may open, in a repository and in folders within it."""
+    names = (*_SAFE, *_PICKLES) if allow_pickle else _SAFE
+    return (*names, *(f"*/{name}" for name in names))
 
 
 def importer_of(folder: str | os.PathLike[str]) -> Importer | None:

@@ -27,7 +27,7 @@ from molora.interop.peft_lora import PICKLE
 from molora.recipes import RECIPES
 from molora.staged import CONFIG, WEIGHTS
 
-__all__ = ["read", "recognises"]
+__all__ = ["expert_count", "packed_experts", "read", "recognises", "settings", "warn_of_dora"]
 
 PEFT_TYPE = "MIXLORA"
 OLD_NAMES = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}
@@ -64,31 +64,25 @@ def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:
         AdapterError: for a config or weights that do not fit together or do not fit the model.
     """
     config = read_config(folder / CONFIG)
-    experts, E = _settings(folder, config, config.get("expert_lora")), config.get("num_experts")
-    attention = _settings(folder, config, None)
+    experts = settings(folder, config, config.get("expert_lora"))
+    attention = settings(folder, config, None)
     _check_activation(folder / CONFIG, config.get("act_fn"), model)
     weights = _sorted(folder, read_tensors(folder, WEIGHTS, PICKLE, asked))
-    if type(E) is not int or E < 1:
-        raise AdapterError(f"{folder / CONFIG}: num_experts: got {str(E)[:50]}, expected a whole number of at least 1")
+    E = expert_count(folder, config)
     names = in_model(folder, [*weights.experts, *weights.plain], model)
     tensors = _routers(folder, weights, names, E)
     for name, parts in weights.experts.items():
-        A, B = _packed(folder, name, parts, E, experts["r"])
+        A, B = packed_experts(folder, name, parts, E, experts["r"])
         tensors |= {f"{names[name]}.bank.lora_A": A, f"{names[name]}.bank.lora_B": B}
     for name, letters in weights.plain.items():
-        A, B = _packed(folder, name, {(0, k): t for k, t in letters.items()}, 1, attention["r"])
+        A, B = packed_experts(folder, name, {(0, k): t for k, t in letters.items()}, 1, attention["r"])
         tensors |= {f"{names[name]}.bank.lora_A": A, f"{names[name]}.bank.lora_B": B}
-    if config.get("use_dora") or (config.get("expert_lora") or {}).get("use_dora"):
-        warnings.warn(
-            f"{folder}: a MixDoRA adapter without its magnitudes (that code never saves them): this is the LoRA in it, "
-            "as that code itself computes after loading, and not what was trained",
-            stacklevel=4,
-        )
+    warn_of_dora(folder, config)
     chosen = targets(model, names.values())
     return Foreign(_mixture(folder, config, experts, attention, chosen), tensors=tensors)
 
 
-def _settings(folder: Path, config: Mapping[str, Any], expert: Any) -> dict[str, Any]:
+def settings(folder: Path, config: Mapping[str, Any], expert: Any) -> dict[str, Any]:
     """r, lora_alpha, lora_dropout and use_rslora; an ``expert_lora`` overrides those of the whole."""
     merged = {"use_rslora": False, "lora_dropout": 0.0, **config, **(expert if isinstance(expert, dict) else {})}
     r = merged.get("r")
@@ -110,6 +104,24 @@ def _check_activation(path: Path, name: Any, model: nn.Module) -> None:
         raise AdapterError(
             f"{path}: got act_fn={str(name)[:50]!r} for the experts, expected the base's own activation "
             f"({own}), which they share here"
+        )
+
+
+def expert_count(folder: Path, config: Mapping[str, Any]) -> int:
+    """num_experts, or an AdapterError."""
+    E = config.get("num_experts")
+    if type(E) is not int or E < 1:
+        raise AdapterError(f"{folder / CONFIG}: num_experts: got {str(E)[:50]}, expected a whole number of at least 1")
+    return E
+
+
+def warn_of_dora(folder: Path, config: Mapping[str, Any]) -> None:
+    """A warning where the config says use_dora: that code never saves the magnitudes."""
+    if config.get("use_dora") or (config.get("expert_lora") or {}).get("use_dora"):
+        warnings.warn(
+            f"{folder}: trained with use_dora, but without its magnitudes (that code never saves them): this is the "
+            "LoRA in it, as that code itself computes after loading, and not what was trained",
+            stacklevel=5,
         )
 
 
@@ -139,7 +151,7 @@ def _sorted(folder: Path, tensors: Mapping[str, Tensor]) -> _Weights:
     return out
 
 
-def _packed(
+def packed_experts(
     folder: Path, name: str, parts: Mapping[tuple[int, str], Tensor], experts: int, r: int
 ) -> tuple[Tensor, Tensor]:
     """A (E r, in) and B (out, E r) of one linear."""

@@ -14,11 +14,11 @@ from molora.build import HEAD, Built, build
 from molora.checkpoint import PREFIX
 from molora.convert import convert, on_cpu
 from molora.errors import AdapterError, ConfigError
+from molora.fitting import wrappers_for
 from molora.install import Mixture, install
 from molora.interop.peft_names import PLACE, UNLOAD, check_base, check_name
 from molora.interop.peft_settings import MixtureConfig
 from molora.interop.peft_weights import digest, keys_of, trained
-from molora.load import wrappers_for
 from molora.model import MixtureModel, adopt
 from molora.parking import Parked, park, unpark
 
