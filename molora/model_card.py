@@ -8,6 +8,9 @@ from molora.install import Mixture
 
 __all__ = ["model_card"]
 
+BANK = {"lora_A": "experts, A", "lora_B": "experts, B"}
+BANK |= {"frozen_A": "experts, frozen ranks", "frozen_B": "experts, frozen ranks"}
+
 
 def model_card(model: nn.Module, mixture: Mixture) -> str:
     """Markdown with the method, sizes per kind of parameter and how to load it; the same bytes for the same model."""
@@ -17,8 +20,8 @@ def model_card(model: nn.Module, mixture: Mixture) -> str:
     )
     kinds: dict[str, int] = {}
     for name, p in model.named_parameters():
-        kind = "experts, A" if name.endswith("lora_A") else "experts, B" if name.endswith("lora_B") else "routers"
-        if name.endswith(("lora_A", "lora_B")) or ".router." in name or name.startswith("molora_router."):
+        kind = BANK.get(name.rpartition(".")[2], "routers")
+        if kind != "routers" or ".router." in name or name.startswith("molora_router."):
             kinds[kind] = kinds.get(kind, 0) + p.numel()
     experts = sorted({s.num_experts for s in mixture.sites})
     rows = "\n".join(f"| {k} | {n:,} |" for k, n in sorted(kinds.items()))

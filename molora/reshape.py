@@ -194,10 +194,10 @@ def _bank(old: ExpertBank, site: SiteConfig, p: Placement, sources: Sources, see
     with torch.no_grad():
         for e, source in enumerate(sources):
             if source is None:
-                new.expert(e)[1].zero_()
+                new.parts(e)[1].zero_()
             else:
-                A_rI, B_Or, _ = old.expert(source)
-                new.set_expert(e, A_rI, B_Or)
+                for own, given in zip(new.parts(e), old.parts(source), strict=True):
+                    own.copy_(given)
     return new.to(A.device)
 
 

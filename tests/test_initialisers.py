@@ -168,11 +168,9 @@ def test_a_start_survives_saving_and_needs_no_peft_to_load(start: str, tmp_path:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "pissa": (lambda: {"init_lora_weights": "pissa"}, "subtracts that part .*'mica'"),
-    "pissa by steps": (lambda: {"init_lora_weights": "pissa_niter_16"}, "subtracts that part"),
-    "olora": (lambda: {"init_lora_weights": "olora"}, "subtracts that part"),
-    "corda": (lambda: {"init_lora_weights": "corda"}, "subtracts that part .*init_eva"),
-    "lora_ga": (lambda: {"init_lora_weights": "lora_ga"}, "subtracts that part .*init_eva"),
+    "pissa by no number of steps": (lambda: {"init_lora_weights": "pissa_niter_many"}, "expected one of .*_niter_"),
+    "corda": (lambda: {"init_lora_weights": "corda"}, "convert with True, then call molora.interop.corda.init_corda"),
+    "lora_ga": (lambda: {"init_lora_weights": "lora_ga"}, "then call molora.interop.lora_ga.init_lora_ga"),
     "loftq": (lambda: {"init_lora_weights": "loftq"}, "load the base quantised"),
     "eva": (lambda: {"init_lora_weights": "eva"}, "convert with True, then call molora.interop.eva.init_eva"),
     "unknown": (lambda: {"init_lora_weights": "orthogonl"}, "expected one of .*did you mean 'orthogonal'"),
@@ -182,6 +180,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "q_proj=3 with .* expected even ranks",
     ),
     "too many ranks": (lambda: {"init_lora_weights": "mica", "num_experts": 9, "r": 4}, "36 ranks in all, .* 32"),
+    "too many to take back": (
+        lambda: {"init_lora_weights": "pissa", "num_experts": 9, "r": 4},
+        "'pissa': .* 36 ranks in all, .* 32",
+    ),
     "two starts": (lambda: {"init_lora_weights": "mica", "init_from": "x"}, "expected one of the two starts"),
 }
 
@@ -206,8 +208,9 @@ def test_a_start_from_the_weight_needs_a_weight_to_read():
     assert {b.lora_B.device.type for b in banks(empty).values()} == {"meta"}
     with pytest.raises(ConfigError, match="experts of one rank, expected even ranks"):
         molora.recipes.smora(init_lora_weights="orthogonal")
-    with pytest.raises(ConfigError, match="ready-made"):
-        molora.recipes.xlora(adapters={"a": "x"}, init_lora_weights="mica")
+    for start in ("mica", "pissa", "olora"):
+        with pytest.raises(ConfigError, match="ready-made"):
+            molora.recipes.xlora(adapters={"a": "x"}, init_lora_weights=start)
 
 
 def test_the_tables_of_starts_agree():

@@ -112,7 +112,7 @@ class Activations:
     Per token, in elements: ``hidden``, ``query``, ``key_value``, ``vocabulary``: the base's; ``middle``: the
     feed-forward width times the slots of its unit; ``ranks``: all ranks of all sites (times the slots where a site sees
     them); ``routed`` and ``logits``: inputs and outputs of all routers; ``dropped``: inputs of all sites with dropout.
-    ``item``: bytes of one element of the base.
+    ``item``: bytes of one element of the base. ``packed``: bytes of the experts' copies, whatever the tokens are.
     """
 
     layers: int
@@ -126,6 +126,7 @@ class Activations:
     logits: int
     dropped: int
     item: int
+    packed: int = 0
 
     def bytes(self, tokens: int, checkpointing: bool) -> int:
         """An estimate for a micro-batch of ``tokens``; attention as one fused operator.
@@ -134,11 +135,13 @@ class Activations:
         output; gate, up, their activation and product; two float32 norms). Experts: ``item ranks + 16 logits +
         (item + 1) dropped``, and ``4 routed``, a float32 copy, on a half-precision base. The model's logits:
         ``vocabulary (item + 8)``. With checkpointing: every layer's input, and one layer and its experts at a time.
+        Experts with frozen ranks: ``packed``, the copies of A and B beside them that a forward makes.
         """
         base = self.item * (2 * self.hidden + 2 * self.query + 2 * self.key_value + 4 * self.middle) + 8 * self.hidden
         copied = 4 * self.routed if self.item < 4 else 0
         experts = self.item * self.ranks + copied + 16 * self.logits + (self.item + 1) * self.dropped
-        layers = self.layers * base + experts
+        layers, copies = self.layers * base + experts, self.packed
         if checkpointing:
             layers = self.layers * self.item * self.hidden + -(-layers // self.layers)
-        return tokens * (layers + self.vocabulary * (self.item + 8))
+            copies = -(-copies // self.layers)
+        return tokens * (layers + self.vocabulary * (self.item + 8)) + copies
