@@ -44,6 +44,12 @@ def add_expert(model: nn.Module, mixture: Mixture, logit: float, seed: int) -> N
             f"add_expert: the experts of recipe {mixture.config.recipe!r} are ready-made adapters; convert the base "
             "with one more in adapters={name: folder}, its gates have to be learned again"
         )
+    stuck = next((m.placement for m in routed if m.placement.train_experts and not m.placement.trains_B), None)
+    if stuck is not None:
+        raise ConfigError(
+            f"add_expert: the experts' B is not trained (init_lora_weights={stuck.init_lora_weights!r}), so a new one, "
+            "whose B is 0, could not learn; convert the base with one more"
+        )
     sources = {m.site.path: (*range(m.site.num_experts), None) for m in routed}
     placements = tuple(
         _grown(p.replace(router=p.router.replace(bias=True)), 1) if _is_routed(p) else p
@@ -190,6 +196,7 @@ def _site(site: SiteConfig, sources: Sources | None) -> SiteConfig:
 def _bank(old: ExpertBank, site: SiteConfig, p: Placement, sources: Sources, seed: int) -> ExpertBank:
     A = old.lora_A
     new = ExpertBank(site, train=A.requires_grad, dtype=A.dtype, device=torch.device("cpu"))
+    new.lora_B.requires_grad_(old.lora_B.requires_grad)
     new.reset_parameters(generator(seed, site.path, "bank", str(len(sources))), p.init_lora_weights)
     with torch.no_grad():
         for e, source in enumerate(sources):

@@ -194,6 +194,17 @@ def test_what_makes_no_sense_is_refused_before_anything_changes(recipe: str, cha
     assert model._molora.config == config
 
 
+def test_a_start_whose_b_is_not_trained_is_pruned_but_not_added_to() -> None:
+    pytest.importorskip("peft", reason="the start is PEFT's code")
+    model = molora.convert(tiny.base_model("llama"), "mola", num_experts=4, r=2, init_lora_weights="mica")
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(ConfigError, match="B is not trained .*'mica'"):
+        model.add_expert()
+    model.prune_experts([3])
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == trainable
+    assert not any(n.endswith("lora_B") for n in trainable)
+
+
 def test_experts_that_share_a_logit_are_refused() -> None:
     with pytest.raises(ConfigError, match="share a logit"):
         behaviours.armed("smora", "llama", rank_partition=2).add_expert()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from molora.errors import ConfigError, MoloraError
 from molora.install import generator
-from molora.interop.fresh import Batches, bank_of, fresh_sites, most_ranks, on_device, shared_copy, take
+from molora.interop.fresh import Batches, bank_of, check_weights, fresh_sites, on_device, shared_copy, take
 from molora.interop.initialisers import peft_start, readable_weight
 from molora.interop.installed import installed_peft
 from molora.interop.merged import FAULTS
@@ -41,12 +41,13 @@ def init_corda(model: nn.Module, dataloader: Batches, *, corda_method: str = "ip
 
     Raises:
         ConfigError: for a model without trainable experts or with trained ones, more ranks than a linear is wide,
-            batches of several rows, or anything that PEFT raises; the experts are then as they were.
+            batches of several rows or none, or anything that PEFT raises; the experts are then as they were.
     """
     if corda_method not in METHODS:
         raise ConfigError(f"{WHAT}: corda_method: got {corda_method!r}, expected one of {', '.join(METHODS)}")
     sites = fresh_sites(model, WHAT)
-    rank = most_ranks(sites, WHAT)
+    rank = max(sum(bank_of(m).ranks) for m in sites.values())
+    check_weights(sites, dict.fromkeys(sites, rank), WHAT)
     peft = installed_peft(WHAT)
     from peft.tuners.lora.config import CordaConfig
 
@@ -73,6 +74,8 @@ def _eigens(
     )
 
     def run() -> None:
+        if not len(batches):
+            raise ConfigError(f"{WHAT}: got no batches, expected some")
         for batch in batches:
             _check_row(batch)
             twin(**on_device(batch, twin))

@@ -16,7 +16,7 @@ from molora.interop.initialisers import deal_out
 from molora.layers import MixtureLinear
 from molora.model import MixtureModel
 
-__all__ = ["Batches", "bank_of", "fresh_sites", "most_ranks", "on_device", "shared_copy", "take"]
+__all__ = ["Batches", "bank_of", "check_weights", "fresh_sites", "on_device", "shared_copy", "take"]
 
 
 class Batches(Sized, Protocol):
@@ -58,29 +58,25 @@ def fresh_sites(model: nn.Module, what: str) -> dict[str, MixtureLinear]:
     return out
 
 
-def most_ranks(sites: dict[str, MixtureLinear], what: str, directions: int = 1) -> int:
-    """The largest number of ranks of one site's experts in all, each of which takes so many ``directions``.
+def check_weights(sites: dict[str, MixtureLinear], ranks: dict[str, int], what: str, directions: int = 1) -> None:
+    """See that each weight can be decomposed to so many ranks by path, each of which takes so many ``directions``.
 
     Raises:
-        ConfigError: where a linear of them has fewer, for experts of unequal ranks or scales, and for a weight that is
+        ConfigError: where a linear has fewer, for experts of unequal ranks or scales, and for a weight that is
             quantised or sharded.
     """
     for path, m in sites.items():
         weight: Any = m.base_layer.weight
         if type(weight) is not nn.Parameter or not weight.is_floating_point() or not weight.numel():
             raise ConfigError(f"{what}: the weight of {path} is quantised or sharded, expected a whole float weight")
-    unequal = [p for p, m in sites.items() if len({*zip(bank_of(m).ranks, bank_of(m).scales, strict=True)}) > 1]
-    if unequal:
-        raise ConfigError(f"{what}: {unequal[0]} has experts of unequal ranks or scales, expected one of each")
-    rank = max(sum(bank_of(m).ranks) for m in sites.values())
-    path = min(sites, key=lambda p: min(sites[p].in_features, sites[p].out_features))
-    narrow = min(sites[path].in_features, sites[path].out_features)
-    if narrow < rank * directions:
-        raise ConfigError(
-            f"{what}: got experts of {rank} ranks in all on a linear, expected at most {narrow // directions}: {path} "
-            f"is {sites[path].in_features} to {sites[path].out_features}"
-        )
-    return rank
+        if len({*zip(bank_of(m).ranks, bank_of(m).scales, strict=True)}) > 1:
+            raise ConfigError(f"{what}: {path} has experts of unequal ranks or scales, expected one of each")
+        narrow = min(m.in_features, m.out_features)
+        if narrow < ranks[path] * directions:
+            raise ConfigError(
+                f"{what}: got experts of {ranks[path]} ranks in all, expected at most {narrow // directions}: {path} "
+                f"is {m.in_features} to {m.out_features}"
+            )
 
 
 def shared_copy(model: nn.Module) -> nn.Module:

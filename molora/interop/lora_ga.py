@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import typing
 import warnings
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from molora.errors import ConfigError, MoloraError
 from molora.install import generator
-from molora.interop.fresh import Batches, bank_of, fresh_sites, most_ranks, on_device, shared_copy, take
+from molora.interop.fresh import Batches, bank_of, check_weights, fresh_sites, on_device, shared_copy, take
 from molora.interop.initialisers import peft_start, readable_weight
 from molora.interop.installed import installed_peft
 from molora.interop.merged import FAULTS
@@ -44,8 +46,9 @@ def init_lora_ga(model: nn.Module, dataloader: Batches, *, seed: int = 0, **opti
             then as they were.
     """
     sites = fresh_sites(model, WHAT)
-    most_ranks(sites, WHAT, DIRECTIONS)
+    check_weights(sites, {p: sum(bank_of(m).ranks) for p, m in sites.items()}, WHAT, DIRECTIONS)
     peft = installed_peft(WHAT)
+    _check(options, typing.get_type_hints(peft.LoraGAConfig))
     try:
         config = peft.LoraGAConfig(**options)
         gradients = _gradients(peft, model, sites, dataloader)
@@ -55,6 +58,16 @@ def init_lora_ga(model: nn.Module, dataloader: Batches, *, seed: int = 0, **opti
     except FAULTS as e:
         raise ConfigError(f"{WHAT}: PEFT cannot use this ({type(e).__name__}: {str(e)[:300]})") from e
     take(cast(MixtureModel, model), starts)
+
+
+def _check(options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """PEFT takes any value and stumbles over it later, or does as if there were none."""
+    for name, value in options.items():
+        if name not in known:
+            raise ConfigError(f"{WHAT}: got the option {name!r}, expected one of {', '.join(known)}")
+        choices = typing.get_args(known[name])
+        if choices and value not in choices:
+            raise ConfigError(f"{WHAT}: {name}: got {value!r}, expected one of {', '.join(choices)}")
 
 
 def _gradients(peft: Any, model: nn.Module, sites: dict[str, MixtureLinear], batches: Batches) -> dict[str, Tensor]:
