@@ -83,7 +83,7 @@ def test_one_expert_of_mica_starts_and_learns_as_in_peft(name: str):
         assert bank.lora_B.grad is None
 
 
-@pytest.mark.parametrize("start", ["orthogonal", "mica"])
+@pytest.mark.parametrize("start", ["orthogonal", "mica", "pissa"])
 @pytest.mark.parametrize("recipe", ["mixlora", "mola"])
 def test_a_mixture_trains_from_there(recipe: str, start: str):
     options = {**tiny.SMALL[recipe], "r": 2, "num_experts": 4, "init_lora_weights": start}
@@ -142,7 +142,7 @@ def test_the_other_starts_are_distributed_as_in_peft(start: Any):
     assert (limit <= 1) == (start is True)
 
 
-@pytest.mark.parametrize("start", ["orthogonal", "mica"])
+@pytest.mark.parametrize("start", ["orthogonal", "mica", "pissa_niter_2"])
 def test_a_start_is_the_seeds_alone_and_leaves_the_global_state(start: str):
     state = torch.random.get_rng_state()
     first = molora.convert(tiny.base_model("llama"), "mixlora", r=2, seed=3, init_lora_weights=start)
@@ -152,7 +152,7 @@ def test_a_start_is_the_seeds_alone_and_leaves_the_global_state(start: str):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("start", ["orthogonal", "mica"])
+@pytest.mark.parametrize("start", ["orthogonal", "mica", "pissa_niter_2", "olora"])
 def test_a_start_survives_saving_and_needs_no_peft_to_load(start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = molora.recipes.mixlora(r=2, num_experts=4, **yaml.safe_load(f"init_lora_weights: {start}"))
     assert MoloraConfig.from_dict(config.to_dict()) == config

@@ -33,6 +33,8 @@ def init_corda(model: nn.Module, dataloader: Batches, *, corda_method: str = "ip
     ``g s (B A - B0 A0) x``, by as many frozen ranks again: the model still computes what the base does, and the base's
     weights and hooks are not touched. With one expert it is PEFT's CorDA.
 
+    What is saved holds the start: go on from it with ``molora.load(base, folder, trainable=True)``.
+
     Args:
         model: a converted model that was not trained yet, on a base that is neither quantised nor sharded.
         dataloader: batches of keyword arguments for the model, each one row without padding, as PEFT takes them;

@@ -34,6 +34,8 @@ def init_lora_ga(model: nn.Module, dataloader: Batches, *, seed: int = 0, **opti
     as many frozen ranks again: the model still computes what the base does, and the base's weights, gradients, flags
     and hooks are not touched. With one expert it is PEFT's LoRA-GA. All gradients are in memory at once.
 
+    What is saved holds the start: go on from it with ``molora.load(base, folder, trainable=True)``.
+
     Args:
         model: a converted model that was not trained yet, on a base that is neither quantised nor sharded.
         dataloader: batches of keyword arguments for the model, with labels, so that it returns a loss.
