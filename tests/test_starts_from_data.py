@@ -108,6 +108,19 @@ def test_a_mixture_starts_at_the_base_and_learns(recipe: str, init: str, tmp_pat
     assert again._molora.sites == tuple(m.site for _, m in sites_of(again).values())
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt", "t5"])
+def test_transposed_weights_repeated_blocks_and_two_stacks(name: str) -> None:
+    inputs = tiny.batch(name)
+    rows = [{k: v[:1] for k, v in inputs.items()}]
+    for init in (lambda m: init_lora_ga(m, [inputs]), lambda m: init_corda(m, rows)):
+        base = tiny.base_model(name)
+        expected = tiny.output(base, inputs)
+        model = molora.convert(base, "mixlora", r=2, num_experts=3)
+        init(model)
+        assert all(bank.lora_B.any() for bank in banks(model).values())
+        assert distance(tiny.output(tiny.arm(model).eval(), inputs), expected) < ROUNDING
+
+
 @pytest.mark.parametrize("init", INITS)
 def test_nothing_of_the_base_is_touched(init: str) -> None:
     """Weights, flags, gradients, hooks, attributes, mode: PEFT works on a copy that shares the storage."""

@@ -66,6 +66,15 @@ def test_at_the_start_the_model_is_the_base_whatever_the_gates_are(recipe: str, 
     assert plain.state_dict().keys() == before.keys()
 
 
+@pytest.mark.parametrize("name", ["gpt2", "opt", "t5"])
+def test_transposed_weights_repeated_blocks_and_two_stacks(name: str) -> None:
+    expected = tiny.output(tiny.base_model(name), tiny.batch(name))
+    for start in ("pissa", "olora"):
+        model = started("mixlora", start, name)
+        assert all(bank.lora_B.any() for bank in banks(model).values())
+        assert distance(tiny.output(model, tiny.batch(name)), expected) < ROUNDING
+
+
 @pytest.mark.parametrize("dtype", HALF_ROUNDING)
 def test_in_half_precision_the_two_roundings_are_the_same_and_cancel(dtype: torch.dtype) -> None:
     base = tiny.base_model("llama").to(dtype)
