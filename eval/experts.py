@@ -91,7 +91,8 @@ def expert_report(model: nn.Module, first: int = 10, threshold: float = 0.6) -> 
         if not isinstance(m, MixtureLinear) or m.bank is None or m.site.num_experts < 2:
             continue
         bank, E = m.bank, m.site.num_experts
-        packed = bank.lora_A, bank.lora_B, bank.ranks, bank.scales
+        A_RI, B_OR, layout = bank.packed()
+        packed = A_RI, B_OR, layout.ranks, layout.scales
         norms = inner_products(*packed).diagonal().clamp_min(0).sqrt().tolist()
         found: dict[str, Any] = {
             "cosine": plain(weight_similarity(*packed), 3),

@@ -155,7 +155,7 @@ def silenced(model: nn.Module, experts: Mapping[str, int]) -> Iterator[None]:
                 continue
             if bank.in_pieces:
                 raise ConfigError("ablation: an engine shards the experts; run it on the saved adapter in one process")
-            B_Or = bank.expert(expert)[1]
-            stack.callback(B_Or.copy_, B_Or.clone())
-            B_Or.zero_()
+            for B_Or in bank.parts(expert)[1::2]:  # and that of the frozen ranks, where there are any
+                stack.callback(B_Or.copy_, B_Or.clone())
+                B_Or.zero_()
         yield

@@ -161,6 +161,9 @@ def expected_tensors(config: MoloraConfig, sites: Sequence[SiteConfig]) -> dict[
             R = sum(site.ranks) * (site.num_experts if len(site.ranks) == 1 else 1)
             out[f"{site.path}.bank.lora_A"] = (R, site.in_features)
             out[f"{site.path}.bank.lora_B"] = (site.out_features, R)
+            if site.takes_back:
+                out[f"{site.path}.bank.frozen_A"] = (R, site.in_features)
+                out[f"{site.path}.bank.frozen_B"] = (site.out_features, R)
         placement = config.placements[site.placement]
         if site.lead and placement.router.scope != "model":
             key = (site.placement, site.in_features, site.num_experts)

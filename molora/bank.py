@@ -26,6 +26,12 @@ class ExpertBank(nn.Module):
     """Experts of ranks r_e side by side: ``lora_A`` (R, in_features), ``lora_B`` (out_features, R), R = sum of r_e.
 
     Expert e owns rows ``offset[e] : offset[e + 1]`` of A and the same columns of B; ranks may differ and may be 0.
+
+    An expert that starts at ``B0 A0 != 0`` takes its start back under its own gate: ``g s (B A - B0 A0) x``, so that
+    the mixture starts at the base whatever the gates are, and the base keeps its weights. That is the same sum over
+    twice the ranks: ``frozen_A`` (R, in_features) holds A0 and ``frozen_B`` (out_features, R) holds -B0, and packed,
+    expert e is [A_e; A0_e] and [B_e, -B0_e]. They are parameters, as the frozen weights of the base are: engines
+    shard, cast and move them like those, and DDP leaves them alone, where it would send a buffer at every forward.
     """
 
     expert_R: Tensor
@@ -36,20 +42,32 @@ class ExpertBank(nn.Module):
     def __init__(self, site: SiteConfig, *, train: bool, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.ranks, self.scales = site.expert_ranks(), site.expert_scales()
-        self._layout: Layout | None = None
+        self.takes_back = False
+        self._layout: tuple[tuple[int, ...], Layout] | None = None
         R = sum(self.ranks)
         self.lora_A = nn.Parameter(torch.empty(R, site.in_features, dtype=dtype, device=device), requires_grad=train)
         self.lora_B = nn.Parameter(torch.empty(site.out_features, R, dtype=dtype, device=device), requires_grad=train)
+        if site.takes_back:
+            self._add_frozen_ranks()
         self._map_ranks(device)
 
+    def _add_frozen_ranks(self) -> None:
+        self.takes_back, self._layout = True, None
+        self.frozen_A = nn.Parameter(torch.zeros_like(self.lora_A), requires_grad=False)
+        self.frozen_B = nn.Parameter(torch.zeros_like(self.lora_B), requires_grad=False)
+
+    def _packed_ranks(self) -> tuple[int, ...]:
+        return tuple(2 * r for r in self.ranks) if self.takes_back else self.ranks
+
     def _map_ranks(self, device: torch.device) -> None:
-        owners = [e for e, r in enumerate(self.ranks) for _ in range(r)]
+        ranks = self._packed_ranks()
+        owners = [e for e, r in enumerate(ranks) for _ in range(r)]
         self.register_buffer("expert_R", torch.tensor(owners, dtype=torch.int64, device=device), persistent=False)
         scales = torch.tensor([self.scales[e] for e in owners], dtype=torch.float32, device=device)
         self.register_buffer("scale_R", scales, persistent=False)
-        gates = gates_of(Layout(self.ranks, self.scales, self.expert_R, self.scale_R))
+        gates = gates_of(Layout(ranks, self.scales, self.expert_R, self.scale_R))
         self.register_buffer("slot_gate_ER", gates, persistent=False)
-        starts = torch.tensor([0, *itertools.accumulate(self.ranks)], dtype=torch.int64, device=device)
+        starts = torch.tensor([0, *itertools.accumulate(ranks)], dtype=torch.int64, device=device)
         self.register_buffer("start_E", starts, persistent=False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> ExpertBank:
@@ -64,22 +82,43 @@ class ExpertBank(nn.Module):
     def layout(self) -> Layout:
         """What the kernels need to know of the packing; made once for the same buffers."""
         buffers, made = self._buffers, self._layout
-        if made is None or made.ranks is not self.ranks or made.scale_R is not buffers["scale_R"]:
+        if made is None or made[0] is not self.ranks or made[1].scale_R is not buffers["scale_R"]:
             gates = self.slot_gate_ER[:-1], self.slot_gate_ER
-            made = Layout(self.ranks, self.scales, self.expert_R, self.scale_R, *gates, self.start_E)
-            self._layout = made
-        return made
+            layout = Layout(self._packed_ranks(), self.scales, self.expert_R, self.scale_R, *gates, self.start_E)
+            made = self._layout = self.ranks, layout
+        return made[1]
 
     def packed(self) -> tuple[Tensor, Tensor, Layout]:
-        """A (R, in), B (out, R) and the layout; of a bank that was offloaded, as they are while it is called."""
+        """A (R, in), B (out, R) and the layout; of a bank that was offloaded, as they are while it is called.
+
+        With frozen ranks 2 R stand side by side, expert by expert.
+        """
         parameters: Any = self._parameters  # a look-up through the module costs as much as a gate of one token
         if parameters["lora_A"].is_meta:
             return cast(tuple[Tensor, Tensor, Layout], self())
+        if self.takes_back:
+            return self._with_frozen_ranks()
         return parameters["lora_A"], parameters["lora_B"], self.layout
 
     def forward(self) -> tuple[Tensor, Tensor, Layout]:
         """The same, between the hooks that bring offloaded parameters and take them away."""
-        return self.lora_A, self.lora_B, self.layout
+        return self._with_frozen_ranks() if self.takes_back else (self.lora_A, self.lora_B, self.layout)
+
+    def _with_frozen_ranks(self) -> tuple[Tensor, Tensor, Layout]:
+        """One copy each: all experts have one rank, so they can be cut apart without an index."""
+        each = (len(self.ranks), self.ranks[0])
+        A_ErI = self.lora_A.unflatten(0, each), self.frozen_A.unflatten(0, each)
+        B_OEr = self.lora_B.unflatten(1, each), self.frozen_B.unflatten(1, each)
+        return torch.cat(A_ErI, 1).flatten(0, 1), torch.cat(B_OEr, 2).flatten(1), self.layout
+
+    @torch.no_grad()
+    def take_start_back(self) -> None:
+        """Make the experts as they are now the start that their frozen ranks take back: the sum is zero from here."""
+        if not self.takes_back:
+            self._add_frozen_ranks()
+            self._map_ranks(self.lora_A.device)
+        self.frozen_A.copy_(self.lora_A)
+        self.frozen_B.copy_(-self.lora_B)
 
     @property
     def in_pieces(self) -> bool:
@@ -96,7 +135,7 @@ class ExpertBank(nn.Module):
         with torch.no_grad():
             if init == "gaussian":
                 self.lora_A.normal_(0.0, 1.0, generator=generator)
-                rank_R = torch.tensor(self.ranks, device=self.lora_A.device)[self.expert_R]
+                rank_R = torch.tensor([r for r in self.ranks for _ in range(r)], device=self.lora_A.device)
                 self.lora_A.div_(rank_R.unsqueeze(-1))
             else:
                 self.lora_A.uniform_(-bound, bound, generator=generator)
@@ -112,18 +151,26 @@ class ExpertBank(nn.Module):
         return slice(start, start + self.ranks[expert])
 
     def expert(self, expert: int) -> tuple[Tensor, Tensor, float]:
-        """Views A_e (r_e, in), B_e (out, r_e) and the scale of one expert."""
+        """A_e (r_e, in), B_e (out, r_e) and the scale of one expert as a LoRA; of rank 2 r_e with its frozen ranks."""
+        A_rI, B_Or, *frozen = self.parts(expert)
+        if frozen:
+            A_rI, B_Or = torch.cat((A_rI, frozen[0])), torch.cat((B_Or, frozen[1]), 1)
+        return A_rI, B_Or, self.scales[expert]
+
+    def parts(self, expert: int) -> tuple[Tensor, ...]:
+        """Views of one expert in the parameters: A_e, B_e, and where it has frozen ranks A0_e and -B0_e."""
         span = self.span(expert)
-        return self.lora_A[span], self.lora_B[:, span], self.scales[expert]
+        trained = self.lora_A[span], self.lora_B[:, span]
+        return (*trained, self.frozen_A[span], self.frozen_B[:, span]) if self.takes_back else trained
 
     @torch.no_grad()
     def set_expert(self, expert: int, A_rI: Tensor, B_Or: Tensor) -> None:
-        """Copy one expert in.
+        """Copy one expert's A and B in.
 
         Raises:
             AdapterError: when the shapes are not those of this expert.
         """
-        A, B, _ = self.expert(expert)
+        A, B, *_ = self.parts(expert)
         if A.shape != A_rI.shape or B.shape != B_Or.shape:
             raise AdapterError(
                 f"expert {expert}: got A {tuple(A_rI.shape)} and B {tuple(B_Or.shape)}, "

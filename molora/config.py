@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from molora.parts import MOST, BalanceConfig, GateConfig, RouterConfig
@@ -18,8 +19,10 @@ __all__ = [
     "per_layer",
 ]
 
-STARTS = ("kaiming", "gaussian", "random", "orthogonal", "mica")
-FROM_THE_BASE = ("orthogonal", "mica")  # PEFT computes them for each linear
+STARTS = ("kaiming", "gaussian", "random", "orthogonal", "mica", "pissa", "olora")
+IN_STEPS = re.compile("(pissa)_niter_[0-9]{1,3}")  # the same by that many steps of an approximation
+FROM_THE_BASE = ("orthogonal", "mica", "pissa", "olora")  # PEFT computes them for each linear
+TAKEN_BACK = ("pissa", "olora")  # B A is a part of the weight, which each expert's frozen ranks take back
 FROZEN_B = ("mica",)  # trains A alone
 IN_HALVES = ("orthogonal",)  # one half of an expert's ranks spans A, the other B
 
@@ -62,7 +65,7 @@ class Placement(Strict):
         """Values out of range and options that contradict each other."""
         out = choice("unit", self.unit, ("linear", "ffn")) + choice("select", self.select, ("all", "ffn", "rest"))
         out += choice("scale_by", self.scale_by, ("r", "sqrt_r", "top_k"))
-        out += choice("init_lora_weights", self.init_lora_weights, STARTS)
+        out += choice("init_lora_weights", self.start, STARTS)
         out += at_least("num_experts", self.num_experts, 1, MOST) + at_least("r", self.r, 1, MOST)
         if self.lora_alpha <= 0:
             out.append(f"lora_alpha: got {self.lora_alpha}, expected a value above 0")
@@ -70,7 +73,7 @@ class Placement(Strict):
             out.append(f"lora_dropout: got {self.lora_dropout}, expected a value in [0, 1)")
         if self.imported and self.rank_one:
             out.append("rank_one: got imported=True, expected experts of their own ranks")
-        if self.imported and self.init_lora_weights in FROM_THE_BASE:
+        if self.imported and self.start in FROM_THE_BASE:
             out.append(
                 f"init_lora_weights: got {self.init_lora_weights!r} for experts that are ready-made, expected True"
             )
@@ -81,9 +84,24 @@ class Placement(Strict):
         return out + self._unit_faults() + self._gate_faults() + self._balance_faults()
 
     @property
+    def start(self) -> str:
+        """The start's entry of ``STARTS``: without a number of steps."""
+        in_steps = IN_STEPS.fullmatch(self.init_lora_weights)
+        return self.init_lora_weights if in_steps is None else in_steps[1]
+
+    @property
+    def takes_back(self) -> bool:
+        """Whether experts start at a part of the weight, so that frozen ranks of theirs have to take it back."""
+        return self.start in TAKEN_BACK
+
+    @property
     def trains_B(self) -> bool:
         """Whether the experts' B is trained, and not A alone."""
         return self.train_experts and self.init_lora_weights not in FROZEN_B
+
+    def trains(self, parameter: str) -> bool:
+        """Whether a bank's parameter of that name is trained."""
+        return {"lora_A": self.train_experts, "lora_B": self.trains_B}.get(parameter, False)
 
     def _unit_faults(self) -> list[str]:
         out, router, gate = [], self.router, self.gate
@@ -183,7 +201,7 @@ class MoloraConfig(Strict):
         selects = [p.select for p in self.placements]
         if len(set(selects)) < len(selects) or ("all" in selects and len(selects) > 1):
             out.append(f"placements: got select={selects}, expected 'all' alone, or 'ffn' and 'rest' once each at most")
-        started = [p.init_lora_weights for p in self.placements if p.init_lora_weights in FROM_THE_BASE]
+        started = [p.init_lora_weights for p in self.placements if p.start in FROM_THE_BASE]
         odd = [f"{name}={r}" for name, r in self.rank_pattern if r % 2]
         if odd and any(s in IN_HALVES for s in started):
             out.append(f"rank_pattern: got {odd[0]} with init_lora_weights={started[0]!r}, expected even ranks")
@@ -211,7 +229,7 @@ class MoloraConfig(Strict):
                     f"{what}: got lora_dropout={p.lora_dropout}, expected 0: B A is added to the weight itself, and "
                     "never sees the input that dropout is for"
                 )
-            if p.init_lora_weights in FROM_THE_BASE:
+            if p.start in FROM_THE_BASE:
                 got = f"init_lora_weights={p.init_lora_weights!r}"
                 out.append(f"{what}: got {got}, expected True, 'gaussian' or False: that start is for linears")
         return out

@@ -166,7 +166,8 @@ class MixtureModel:
         to rounding the weights, but for a softmax that is not renormalised: it shrinks by about exp(logit - largest).
 
         Raises:
-            ConfigError: without a router, for ready-made adapters, experts that share a logit, parameters in pieces.
+            ConfigError: without a router, for ready-made adapters, experts that share a logit, a B that is not trained,
+                parameters in pieces.
         """
         reshape.add_expert(cast(nn.Module, self), self._molora, logit, seed)
 

@@ -27,6 +27,7 @@ PIPELINES = {
     "fill-mask": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
 }
 KINDS = {"lora_A": "experts, A", "lora_B": "experts, B"}
+KINDS |= {"frozen_A": "experts, frozen ranks", "frozen_B": "experts, frozen ranks"}
 
 
 def model_card(mixture: Mixture, fingerprint: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

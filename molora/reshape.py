@@ -46,11 +46,9 @@ def add_expert(model: nn.Module, mixture: Mixture, logit: float, seed: int) -> N
             f"add_expert: the experts of recipe {mixture.config.recipe!r} are ready-made adapters; convert the base "
             "with one more in adapters={name: folder}, its gates have to be learned again"
         )
-    if any(m.placement.train_experts and not m.placement.trains_B for m in routed):
-        raise ConfigError(
-            "add_expert: got experts whose B is fixed from the start (init_lora_weights), so one with B = 0 would "
-            "never learn; convert the base with one more in num_experts"
-        )
+    stuck = [m.placement.init_lora_weights for m in routed if m.placement.train_experts and not m.placement.trains_B]
+    if stuck:
+        raise ConfigError(f"add_expert: B is not trained ({stuck[0]!r}), and a new one's is 0; convert with one more")
     if not matches(logit, float):
         raise ConfigError(f"add_expert: logit: got {shown(logit)}, expected a finite number")
     sources = {m.site.path: (*range(m.site.num_experts), None) for m in routed}
@@ -206,15 +204,15 @@ def _site(site: SiteConfig, sources: Sources | None) -> SiteConfig:
 def _bank(old: ExpertBank, site: SiteConfig, p: Placement, sources: Sources, seed: int) -> ExpertBank:
     A = old.lora_A
     new = ExpertBank(site, train=A.requires_grad, dtype=A.dtype, device=torch.device("cpu"))
+    new.lora_B.requires_grad_(old.lora_B.requires_grad)
     new.reset_parameters(generator(seed, site.path, "bank", str(len(sources))), p.init_lora_weights)
     with torch.no_grad():
         for e, source in enumerate(sources):
             if source is None:
-                new.expert(e)[1].zero_()
+                new.parts(e)[1].zero_()
             else:
-                A_rI, B_Or, _ = old.expert(source)
-                new.set_expert(e, A_rI, B_Or)
-    new.lora_B.requires_grad_(old.lora_B.requires_grad)
+                for own, given in zip(new.parts(e), old.parts(source), strict=True):
+                    own.copy_(given)
     return new.to(A.device)
 
 

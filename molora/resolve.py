@@ -61,6 +61,7 @@ class _Resolver:
             "ranks": ranks if adapted else (),
             "scales": scales if adapted else (),
             "top_k": top_k,
+            "takes_back": adapted and p.takes_back,
         }
         return SiteConfig(path=path, placement=placement, **{**values, **own})  # type: ignore[arg-type]
 

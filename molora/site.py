@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from molora.activations import ACTIVATIONS
 from molora.parts import MOST
-from molora.strict import Strict, at_least, choice
+from molora.strict import Strict, at_least, choice, shown
 
 __all__ = ["SiteConfig"]
 
@@ -22,6 +22,7 @@ class SiteConfig(Strict):
     ``block``: path that names the shared router's block, ``lead`` the site that owns it. ``layer``: -1 without an
     index. ``mask``: the forward argument that marks this stream's real tokens, empty for none. ``index``: position
     among the sites of a model-wide router. ``ranks`` and ``scales``: one value for all experts, or one each.
+    ``takes_back``: each expert has as many frozen ranks again, which take its start back (see ``molora/bank.py``).
     """
 
     path: str
@@ -41,6 +42,7 @@ class SiteConfig(Strict):
     ranks: tuple[int, ...]
     scales: tuple[float, ...]
     top_k: int | None = None
+    takes_back: bool = False
 
     def faults(self) -> list[str]:
         """Values out of range and options that contradict each other."""
@@ -55,6 +57,8 @@ class SiteConfig(Strict):
             out += at_least("ranks", self.ranks, 0, MOST)
         if self.role == "parameter" and (len(self.ranks), len(self.scales)) != (1, 1):
             out.append(f"{self.path[:200]}: got a parameter's experts of several ranks or scales, expected one of each")
+        if self.takes_back and len(set(self.ranks)) != 1:
+            out.append(f"takes_back: got ranks {shown(self.ranks)}, expected one rank for all experts")
         if self.top_k is not None and not 1 <= self.top_k <= self.num_experts:
             out.append(f"top_k: got {self.top_k} with {self.num_experts} experts")
         return out
@@ -67,6 +71,10 @@ class SiteConfig(Strict):
     def expert_ranks(self) -> tuple[int, ...]:
         """The rank of each expert; empty for a site without a bank of its own."""
         return self.ranks * self.num_experts if len(self.ranks) == 1 else self.ranks
+
+    def packed_ranks(self) -> tuple[int, ...]:
+        """The rank of each expert as it is computed: with its frozen ranks, where it has them."""
+        return tuple(2 * r for r in self.expert_ranks()) if self.takes_back else self.expert_ranks()
 
     def expert_scales(self) -> tuple[float, ...]:
         """The factor of each expert."""

@@ -38,7 +38,7 @@ OPTIONS: dict[str, Case] = {
     "alpha is not a number": ("lora", {"lora_alpha": float("nan")}, C, "lora_alpha: got nan"),
     "dropout 1": ("lora", {"lora_dropout": 1.0}, C, r"expected a value in \[0, 1\)"),
     "unknown start": ("lora", {"init_lora_weights": "lecun"}, C, "expected one of .*gaussian"),
-    "start off the base": ("lora", {"init_lora_weights": "olora"}, C, "subtracts that part from the base"),
+    "start off the base": ("lora", {"init_lora_weights": "loftq"}, C, "replaces the base weight by a quantised one"),
     "unknown kernel": ("lora", {"kernel": "concta"}, C, "did you mean 'concat'"),
     "unknown scope": ("mola", {"balance_scope": "token"}, C, "'sequence', 'batch'"),
     "unknown routing": ("mixlora", {"routing": "topk"}, C, "expected one of top_k, top_p, switch"),

@@ -237,12 +237,8 @@ def test_each_folder_is_of_one_format(tmp_path: Path):
     (tmp_path / "PEFT X-LoRA").mkdir()
     (tmp_path / "PEFT X-LoRA" / "adapter_config.json").write_text('{"peft_type": "XLORA"}')
     for name in IMPORTERS:
-        known = [
-            n
-            for n, importer in IMPORTERS.items()
-            if importer.recognises(tmp_path / name, read_config(tmp_path / name / "adapter_config.json"))
-        ]
-        assert known == [name]
+        config = read_config(tmp_path / name / "adapter_config.json")
+        assert [n for n, own in IMPORTERS.items() if own.recognises(tmp_path / name, config)] == [name]
     assert importer_of(Path(__file__).parent / "data" / "format_1") is None
     assert importer_of(tmp_path / "nothing") is None
     save_file({"model.embed.weight": torch.ones(1)}, tmp_path / "model.safetensors")

@@ -83,7 +83,7 @@ def test_one_expert_of_mica_starts_and_learns_as_in_peft(name: str):
         assert bank.lora_B.grad is None
 
 
-@pytest.mark.parametrize("start", ["orthogonal", "mica"])
+@pytest.mark.parametrize("start", ["orthogonal", "mica", "pissa"])
 @pytest.mark.parametrize("recipe", ["mixlora", "mola"])
 def test_a_mixture_trains_from_there(recipe: str, start: str):
     options = {**tiny.SMALL[recipe], "r": 2, "num_experts": 4, "init_lora_weights": start}
@@ -142,7 +142,7 @@ def test_the_other_starts_are_distributed_as_in_peft(start: Any):
     assert (limit <= 1) == (start is True)
 
 
-@pytest.mark.parametrize("start", ["orthogonal", "mica"])
+@pytest.mark.parametrize("start", ["orthogonal", "mica", "pissa_niter_2"])
 def test_a_start_is_the_seeds_alone_and_leaves_the_global_state(start: str):
     state = torch.random.get_rng_state()
     first = molora.convert(tiny.base_model("llama"), "mixlora", r=2, seed=3, init_lora_weights=start)
@@ -152,7 +152,7 @@ def test_a_start_is_the_seeds_alone_and_leaves_the_global_state(start: str):
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("start", ["orthogonal", "mica"])
+@pytest.mark.parametrize("start", ["orthogonal", "mica", "pissa_niter_2", "olora"])
 def test_a_start_survives_saving_and_needs_no_peft_to_load(start: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     config = molora.recipes.mixlora(r=2, num_experts=4, **yaml.safe_load(f"init_lora_weights: {start}"))
     assert MoloraConfig.from_dict(config.to_dict()) == config
@@ -168,11 +168,9 @@ def test_a_start_survives_saving_and_needs_no_peft_to_load(start: str, tmp_path:
 
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "pissa": (lambda: {"init_lora_weights": "pissa"}, "subtracts that part .*'mica'"),
-    "pissa by steps": (lambda: {"init_lora_weights": "pissa_niter_16"}, "subtracts that part"),
-    "olora": (lambda: {"init_lora_weights": "olora"}, "subtracts that part"),
-    "corda": (lambda: {"init_lora_weights": "corda"}, "subtracts that part .*init_eva"),
-    "lora_ga": (lambda: {"init_lora_weights": "lora_ga"}, "subtracts that part .*init_eva"),
+    "pissa by no number of steps": (lambda: {"init_lora_weights": "pissa_niter_many"}, "expected one of .*_niter_"),
+    "corda": (lambda: {"init_lora_weights": "corda"}, "convert with True, then call molora.interop.corda.init_corda"),
+    "lora_ga": (lambda: {"init_lora_weights": "lora_ga"}, "then call molora.interop.lora_ga.init_lora_ga"),
     "loftq": (lambda: {"init_lora_weights": "loftq"}, "load the base quantised"),
     "eva": (lambda: {"init_lora_weights": "eva"}, "convert with True, then call molora.interop.eva.init_eva"),
     "unknown": (lambda: {"init_lora_weights": "orthogonl"}, "expected one of .*did you mean 'orthogonal'"),
@@ -182,6 +180,10 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "q_proj=3 with .* expected even ranks",
     ),
     "too many ranks": (lambda: {"init_lora_weights": "mica", "num_experts": 9, "r": 4}, "36 ranks in all, .* 32"),
+    "too many to take back": (
+        lambda: {"init_lora_weights": "pissa", "num_experts": 9, "r": 4},
+        "'pissa': .* 36 ranks in all, .* 32",
+    ),
     "two starts": (lambda: {"init_lora_weights": "mica", "init_from": "x"}, "expected one of the two starts"),
 }
 
@@ -206,8 +208,9 @@ def test_a_start_from_the_weight_needs_a_weight_to_read():
     assert {b.lora_B.device.type for b in banks(empty).values()} == {"meta"}
     with pytest.raises(ConfigError, match="experts of one rank, expected even ranks"):
         molora.recipes.smora(init_lora_weights="orthogonal")
-    with pytest.raises(ConfigError, match="ready-made"):
-        molora.recipes.xlora(adapters={"a": "x"}, init_lora_weights="mica")
+    for start in ("mica", "pissa", "olora"):
+        with pytest.raises(ConfigError, match="ready-made"):
+            molora.recipes.xlora(adapters={"a": "x"}, init_lora_weights=start)
 
 
 def test_the_tables_of_starts_agree():

@@ -56,6 +56,18 @@ def test_the_saved_adapter_is_byte_for_byte_that_of_one_process(recipe: str, use
     assert hasattr(loaded, HEAD) == (recipe == "xlora")
 
 
+def test_experts_start_at_parts_of_weights_that_are_cut(uses: Path) -> None:
+    """The same start as on a whole base; a step leaves what takes it back, also through saving."""
+    pytest.importorskip("peft", reason="the start is PEFT's code")
+    model = molora.convert(tiny.base_model("llama"), "mixlora", **zero3_uses.taken_back())
+    state, found = model.state_dict(), read(uses, "start")
+    assert all(torch.equal(t, state[n]) for n, t in found["before"].items())
+    saved = molora.load(tiny.base_model("llama"), uses / "start" / "saved").state_dict()
+    assert all(torch.equal(t, saved[n]) for n, t in found["after"].items())
+    same = {n for n, t in found["after"].items() if torch.equal(t, state[n])}
+    assert {n for n in same if ".bank." in n} == {n for n in state if ".frozen_" in n} != set()
+
+
 def test_an_adapter_is_loaded_onto_a_cut_base_and_evaluated(uses: Path) -> None:
     """Four rows a step on two processes; and five rows, which do not divide: no process waits for the other."""
     model = molora.load(tiny.base_model("llama"), uses / "mixlora" / "saved").eval()

@@ -72,6 +72,22 @@ def convert(where: Path, recipe: str) -> dict[str, Any]:
     return {"stage": sharded.stage(it.model_wrapped), "counts": model.get_nb_trainable_parameters()}
 
 
+def taken_back() -> dict[str, Any]:
+    """Options of a mixture whose experts start at parts of the weights, which therefore have to be gathered."""
+    return options("mixlora") | {"r": 2, "init_lora_weights": "pissa"}
+
+
+def start(where: Path) -> dict[str, Any]:
+    """Such a mixture on the cut base; a step that moves A and B; saved by the Trainer, and what the engine trains."""
+    arguments = settings(where / "start", max_steps=1, learning_rate=0.1, optim="sgd", weight_decay=0.1)
+    model = molora.convert(cut_base(where), "mixlora", **taken_back())
+    before = {n: t.clone() for n, t in sharded.adapter_state(model).items()}
+    it = Trainer(model, arguments, train_dataset=data(model))
+    it.train()
+    it.save_model(str(where / "start" / "saved"))
+    return {"before": before, "after": sharded.adapter_state(model)}
+
+
 def load(where: Path) -> dict[str, Any]:
     """An adapter folder onto the cut base; loss of one evaluation with unequal rows on the two processes."""
     arguments = settings(where / "load", per_device_eval_batch_size=2, max_steps=1, learning_rate=0.0, optim="sgd")
@@ -105,6 +121,7 @@ def main(where: Path) -> None:
     first = os.environ["RANK"] == "0"
     uses: dict[str, Callable[[], dict[str, Any]]] = {
         **{f"convert-{r}": (lambda r=r: convert(where, r)) for r in RECIPES},  # type: ignore[misc]
+        "start": lambda: start(where),
         "load": lambda: load(where),
         "generate": lambda: generate(where),
     }

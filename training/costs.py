@@ -112,8 +112,9 @@ class Activations:
     Per token, in elements: ``hidden``, ``query``, ``key_value``, ``vocabulary``: the base's; ``middle``: the
     feed-forward width times the slots of its unit; ``ranks``: all ranks of all sites (times the slots where a site sees
     them); ``routed`` and ``logits``: inputs and outputs of all routers; ``dropped``: inputs of all sites with dropout.
-    ``item``: bytes of one element of the base. Whatever the number of tokens: ``stacked``, elements of all adapted
-    parameters with experts of the base, and ``largest_stack``, of the largest of them.
+    ``item``: bytes of one element of the base. Whatever the number of tokens: ``packed``, bytes of the copies of
+    experts with frozen ranks; ``stacked``, elements of all adapted parameters with experts of the base, and
+    ``largest_stack``, of the largest of them.
     """
 
     layers: int
@@ -127,6 +128,7 @@ class Activations:
     logits: int
     dropped: int
     item: int
+    packed: int = 0
     stacked: int = 0
     largest_stack: int = 0
 
@@ -137,14 +139,15 @@ class Activations:
         output; gate, up, their activation and product; two float32 norms). Experts: ``item ranks + 16 logits +
         (item + 1) dropped``, and ``4 routed``, a float32 copy, on a half-precision base. The model's logits:
         ``vocabulary (item + 8)``. With checkpointing: every layer's input, and one layer and its experts at a time.
-        Stacked experts of the base: their adapted copies, a layer's at a time with checkpointing, and the largest's
-        gradient, ``item (stacked + largest_stack)``.
+        Experts with frozen ranks: ``packed``, the copies of A and B beside them that a forward makes. Stacked experts
+        of the base: their adapted copies, and the largest's gradient, ``item (stacked + largest_stack)``. Of copies a
+        layer's at a time with checkpointing.
         """
         base = self.item * (2 * self.hidden + 2 * self.query + 2 * self.key_value + 4 * self.middle) + 8 * self.hidden
         copied = 4 * self.routed if self.item < 4 else 0
         experts = self.item * self.ranks + copied + 16 * self.logits + (self.item + 1) * self.dropped
-        layers = self.layers * base + experts
+        layers, copies = self.layers * base + experts, self.packed + self.item * self.stacked
         if checkpointing:
             layers = self.layers * self.item * self.hidden + -(-layers // self.layers)
-        copies = -(-self.stacked // self.layers) if checkpointing else self.stacked
-        return tokens * (layers + self.vocabulary * (self.item + 8)) + self.item * (copies + self.largest_stack)
+            copies = -(-copies // self.layers)
+        return tokens * (layers + self.vocabulary * (self.item + 8)) + copies + self.item * self.largest_stack

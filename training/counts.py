@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from molora.bank import ExpertBank
 from molora.build import HEAD
 from molora.install import sites_of
-from molora.layers import RoutedModule, SavedModule
+from molora.layers import MixtureLinear, RoutedModule, SavedModule
 from molora.site import SiteConfig
 from molora.targets import layer_of
 from molora.training.costs import Activations, Weights
@@ -55,6 +56,8 @@ def _adapter_parameters(model: nn.Module) -> dict[int, tuple[str, nn.Parameter]]
         if bank is not None:
             add("A", [bank.lora_A])
             add("B", [bank.lora_B])
+            if bank.takes_back:
+                add("frozen ranks", [bank.frozen_A, bank.frozen_B])
         if module.router is not None:
             add("router", module.router.parameters())
     head = getattr(model, HEAD, None)
@@ -67,9 +70,12 @@ def _adapter_parameters(model: nn.Module) -> dict[int, tuple[str, nn.Parameter]]
 
 
 def kinds_of(model: nn.Module) -> tuple[Kind, ...]:
-    """Parameters by kind: the frozen base, A, B, routers, and modules trained whole; kinds without any are left out."""
+    """Parameters by kind: the frozen base, A, B, the ranks that take a start back, routers, and modules trained whole;
+    kinds without any are left out.
+    """
     added = _adapter_parameters(model)
-    members: dict[str, list[nn.Parameter]] = {k: [] for k in ("base", "A", "B", "router", "modules to save")}
+    kinds = ("base", "A", "B", "frozen ranks", "router", "modules to save")
+    members: dict[str, list[nn.Parameter]] = {k: [] for k in kinds}
     for p in model.parameters():
         members[added[id(p)][0] if id(p) in added else "base"].append(p)
     return tuple(
@@ -139,14 +145,20 @@ def activation_widths(model: nn.Module) -> Activations:
         key_value=(getattr(text, "num_key_value_heads", None) or heads) * head,
         middle=(getattr(text, "intermediate_size", None) or 4 * text.hidden_size) * max(units, default=1),
         vocabulary=text.vocab_size,
-        ranks=sum(sum(m.site.expert_ranks()) * seen(m) for m in routed),
+        ranks=sum(sum(m.site.packed_ranks()) * seen(m) for m in routed),
         routed=sum(s.in_features for s in routers),
         logits=sum(s.num_experts for s in routers),
         dropped=sum(m.site.in_features * seen(m) for m in routed if m.placement.lora_dropout and m.site.ranks),
         item=_item(model),
+        packed=sum(_copied(m.bank) for m in routed if isinstance(m, MixtureLinear) and m.bank is not None),
         stacked=sum(stacks),
         largest_stack=max(stacks, default=0),
     )
+
+
+def _copied(bank: ExpertBank) -> int:
+    """Bytes of A and B side by side with their frozen ranks, which a forward makes and keeps."""
+    return 2 * _bytes([bank.lora_A, bank.lora_B]) if bank.takes_back else 0
 
 
 def dispatched(model: nn.Module) -> int:

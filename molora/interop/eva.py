@@ -3,28 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sized
-from typing import Any, Protocol, cast
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from molora.errors import ConfigError, MoloraError
-from molora.fused import FusedParameter
+from molora.interop.fresh import Batches, bank_of, fresh_sites
 from molora.interop.initialisers import dealt
 from molora.interop.installed import installed_peft
 from molora.interop.merged import FAULTS
-from molora.layers import MixtureLinear
-from molora.model import MixtureModel
 
-__all__ = ["Batches", "init_eva"]
-
-
-class Batches(Sized, Protocol):
-    """Batches of the model's keyword arguments, which can be gone through again and again: a DataLoader or a list."""
-
-    def __iter__(self) -> Iterator[Any]: ...
+__all__ = ["init_eva"]
 
 
 class _Limited:
@@ -69,8 +60,8 @@ def init_eva(
         ConfigError: for a model without trainable experts or with trained ones, too many ranks for a linear's width,
             data that do not settle, or anything that PEFT raises; the experts are then as they were.
     """
-    sites = _fresh(model)
-    rank = max(sum(_ranks(m)) for m in sites.values())
+    sites = fresh_sites(model, "init_eva")
+    rank = max(sum(bank_of(m).ranks) for m in sites.values())
     narrow = {p: m.in_features for p, m in sites.items() if m.in_features < rank}
     if narrow:
         path = min(narrow, key=lambda p: narrow[p])
@@ -81,40 +72,9 @@ def init_eva(
     components = _components(model, list(sites), rank, _Limited(dataloader, max_batches), tau, options)
     with torch.no_grad():
         for path, m in sites.items():
-            bank = cast(Any, m.bank)
+            bank = bank_of(m)
             for e, picks in enumerate(dealt(bank.ranks)):
                 bank.lora_A[bank.span(e)] = components[path][picks].to(bank.lora_A)
-
-
-def _ranks(m: MixtureLinear) -> tuple[int, ...]:
-    return cast(Any, m.bank).ranks  # type: ignore[no-any-return]
-
-
-def _fresh(model: nn.Module) -> dict[str, MixtureLinear]:
-    """The sites with trainable experts, whose B has to be zero still."""
-    if not isinstance(model, MixtureModel):
-        raise ConfigError("init_eva: got a plain model, expected a converted one; call molora.convert first")
-    out = {}
-    for path, m in model.named_modules():
-        if isinstance(m, FusedParameter):
-            raise ConfigError(
-                f"init_eva: {m.site.path} is no linear with an input that PEFT could look at; expected a "
-                "mixture without target_parameters"
-            )
-        bank = m.bank if isinstance(m, MixtureLinear) else None
-        if bank is None or not bank.lora_A.requires_grad or not sum(bank.ranks):
-            continue
-        if not isinstance(m.base_layer, nn.Linear | Conv1D):
-            raise ConfigError(f"init_eva: {path} is a {type(m.base_layer).__name__}, expected a linear that PEFT knows")
-        if bool(bank.lora_B.any()):
-            raise ConfigError(
-                f"init_eva: {path} has experts whose B is not zero: trained, or of another start; expected a model "
-                "fresh from convert with init_lora_weights=True"
-            )
-        out[path] = m
-    if not out:
-        raise ConfigError("init_eva: got a model without trainable experts, expected some to start")
-    return out
 
 
 def _components(

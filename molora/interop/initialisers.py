@@ -5,21 +5,22 @@ Experts differ from the first step on: each has its own draw, or its own share o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from molora import processes
 from molora.bank import ExpertBank
 from molora.build import Built, generator
 from molora.errors import ConfigError
 from molora.interop.installed import installed_peft
-from molora.interop.merged import linear_weight
+from molora.interop.merged import FAULTS
 from molora.layers import MixtureLinear
 
-__all__ = ["STARTED_BY_PEFT", "dealt", "start_experts"]
+__all__ = ["STARTED_BY_PEFT", "deal_out", "dealt", "peft_start", "readable_weight", "start_experts"]
 
 
 def start_experts(built: Built, seed: int) -> None:
@@ -31,10 +32,10 @@ def start_experts(built: Built, seed: int) -> None:
     for path, site in built.routed().items():
         if not isinstance(site, MixtureLinear) or site.bank is None:
             continue
-        make = STARTED_BY_PEFT.get(site.placement.init_lora_weights)
+        make = STARTED_BY_PEFT.get(site.placement.start)
         if make is not None and site.bank.lora_A.device.type != "meta":
-            with torch.no_grad():
-                make(site.bank, site.base_layer, path, seed)
+            with torch.no_grad(), processes.whole(getattr(site.base_layer, "weight", None)):
+                make(site, site.bank, path, seed)
 
 
 def dealt(ranks: Sequence[int]) -> list[list[int]]:
@@ -46,7 +47,14 @@ def dealt(ranks: Sequence[int]) -> list[list[int]]:
     return out
 
 
-def _orthogonal(bank: ExpertBank, base: nn.Module, path: str, seed: int) -> None:
+def deal_out(bank: ExpertBank, A_RI: Tensor, B_OR: Tensor) -> None:
+    """Give the experts of a linear their shares of R ranks, and have them taken back from there on."""
+    for e, picks in enumerate(dealt(bank.ranks)):
+        bank.set_expert(e, A_RI[picks], B_OR[:, picks])
+    bank.take_start_back()
+
+
+def _orthogonal(m: MixtureLinear, bank: ExpertBank, path: str, seed: int) -> None:
     """PEFT's orthogonal start, one draw for each expert.
 
     With Q a random orthogonal (r, r) matrix, ``A = (X Q_odd)^T / 10`` and ``B = Y Q_even / 10``, so ``B A = 0``. Ranks
@@ -54,39 +62,77 @@ def _orthogonal(bank: ExpertBank, base: nn.Module, path: str, seed: int) -> None
     """
     stand_in = torch.zeros(bank.lora_B.shape[0], bank.lora_A.shape[1])
     for e, r in enumerate(bank.ranks):
-        bank.set_expert(e, *_peft_start("orthogonal", stand_in, r, generator(seed, path, "orthogonal", str(e))))
+        bank.set_expert(e, *peft_start("orthogonal", stand_in, r, generator(seed, path, "orthogonal", str(e))))
 
 
-def _mica(bank: ExpertBank, base: nn.Module, path: str, seed: int) -> None:
+def _mica(m: MixtureLinear, bank: ExpertBank, path: str, seed: int) -> None:
     """MiCA's start (arXiv 2604.01694): B the left singular vectors of the smallest singular values, A zero.
 
     The R vectors of the smallest values are dealt out, so that one expert alone starts as in PEFT.
     """
-    weight = getattr(base, "weight", None)
-    if not isinstance(base, nn.Linear | Conv1D) or not isinstance(weight, Tensor) or not weight.is_floating_point():
-        raise ConfigError(
-            f"init_lora_weights='mica': {path} is a {type(base).__name__} whose weight cannot be read, expected an "
-            "unquantised linear; use True"
-        )
-    if weight.numel() == 0:
-        raise ConfigError(
-            f"init_lora_weights='mica': {path} has no weight here: an engine sharded it, expected a whole one; convert "
-            "before the engine takes the model, or use True"
-        )
     R = sum(bank.ranks)
-    if min(weight.shape) < R:
-        raise ConfigError(
-            f"init_lora_weights='mica': {path} has experts of {R} ranks in all, expected at most {min(weight.shape)}: "
-            "a weight has no more singular vectors"
-        )
-    _, B_OR = _peft_start("mica", linear_weight(base), R, generator(seed, path))
+    weight_OI = readable_weight(m, R, "init_lora_weights='mica'")
+    _, B_OR = peft_start("mica", weight_OI, R, generator(seed, path))
     bank.lora_A.zero_()
     for e, picks in enumerate(dealt(bank.ranks)):
         bank.lora_B[:, bank.span(e)] = B_OR[:, sorted(R - 1 - i for i in picks)].to(bank.lora_B)
 
 
-def _peft_start(name: str, weight_OI: Tensor, rank: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A (r, I) and B (O, r) as PEFT starts them on a linear with a float32 copy of this weight."""
+def _part_of_the_weight(m: MixtureLinear, bank: ExpertBank, path: str, seed: int) -> None:
+    """PiSSA (arXiv 2404.02948, eq. 2-3): ``s B0 A0`` the weight's principal part; OLoRA (arXiv 2406.01775, alg. 1): B0
+    the first columns of Q and A0 the first rows of R, ``W = Q R``. Both for the R ranks of all experts, dealt out.
+    """
+    R, name = sum(bank.ranks), m.placement.init_lora_weights
+    weight_OI = readable_weight(m, R, f"init_lora_weights={name!r}")
+    deal_out(bank, *peft_start(name, weight_OI, R, generator(seed, path), scale=bank.scales[0]))
+
+
+def readable_weight(m: MixtureLinear, ranks: int, what: str) -> Tensor:
+    """The base weight (O, I) in floating point; of a quantised linear a copy, where PEFT knows how to unpack it.
+
+    Raises:
+        ConfigError: with ``what`` needs it, where it cannot be read, or has fewer singular vectors than ``ranks``.
+    """
+    base, path = m.base_layer, m.site.path
+    installed_peft(what)
+    from peft.utils.integrations import dequantize_module_weight
+
+    try:
+        weight = dequantize_module_weight(base).detach() if isinstance(base, nn.Linear | Conv1D) else None
+    except FAULTS:
+        weight = None
+    if weight is None or not weight.is_floating_point():
+        raise ConfigError(
+            f"{what}: {path} is a {type(base).__name__} whose weight cannot be read, expected a linear that is not "
+            "quantised, or one that PEFT can unpack; use True"
+        )
+    if weight.numel() == 0:
+        raise ConfigError(
+            f"{what}: {path} has no weight here: an engine sharded it, expected a whole one; convert before the "
+            "engine takes the model, or use True"
+        )
+    if min(weight.shape) < ranks:
+        raise ConfigError(
+            f"{what}: {path} has experts of {ranks} ranks in all, expected at most {min(weight.shape)}: a weight has "
+            "no more singular vectors"
+        )
+    return weight.T if isinstance(base, Conv1D) else weight
+
+
+def peft_start(
+    name: str,
+    weight_OI: Tensor,
+    rank: int,
+    rng: torch.Generator,
+    *,
+    scale: float = 1.0,
+    found: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """A (r, I) and B (O, r) as PEFT starts them on a linear with a float32 copy of this weight, with factor ``scale``.
+
+    ``found``: what PEFT's preparations left on the linear. ``options``: more of PEFT's ``LoraConfig``.
+    """
     installed_peft(f"init_lora_weights={name!r}")
     from peft import LoraConfig
     from peft.tuners.lora import Linear
@@ -94,14 +140,19 @@ def _peft_start(name: str, weight_OI: Tensor, rank: int, rng: torch.Generator) -
     out, width = weight_OI.shape
     base = nn.utils.skip_init(nn.Linear, width, out, bias=False, device=weight_OI.device)
     base.weight.data = weight_OI.float().clone()
-    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=name)  # type: ignore[arg-type]
+    for key, value in (found or {}).items():
+        setattr(base, key, value)
+    alpha: Any = scale * rank  # PEFT annotates an integer and divides
+    config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights=name, **options)  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(rng.initial_seed())
-        layer: Any = Linear(base, "default", config, r=rank, lora_alpha=rank)
+        layer: Any = Linear(base, "default", config, r=rank, lora_alpha=alpha)
     return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
 
 
-STARTED_BY_PEFT: dict[str, Callable[[ExpertBank, nn.Module, str, int], None]] = {
+STARTED_BY_PEFT: dict[str, Callable[[MixtureLinear, ExpertBank, str, int], None]] = {
     "orthogonal": _orthogonal,
     "mica": _mica,
+    "pissa": _part_of_the_weight,
+    "olora": _part_of_the_weight,
 }

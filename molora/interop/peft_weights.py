@@ -27,7 +27,7 @@ def trained(mixture: Mixture, names: Iterable[str]) -> set[str]:
         if name.startswith(f"{HEAD}."):
             learned = head
         elif bank is not None:
-            learned = bank.trains_B if name.endswith(".lora_B") else bank.train_experts
+            learned = bank.trains(name.rpartition(".")[2])
         else:
             learned = router is None or router.router.train  # neither: a module trained whole
         out |= {name} if learned else set()

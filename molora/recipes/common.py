@@ -33,9 +33,13 @@ class Common:
 
     ``init_lora_weights``: ``True`` (kaiming A, zero B); ``"gaussian"`` (normal A of std 1/r, zero B); ``"orthogonal"``
     (A and B both random, ``B A = 0``, even ranks); ``"mica"`` (B: for each expert a share of the weight's minor
-    singular vectors, frozen; zero A); ``False`` (B random too, for tests). ``"orthogonal"`` and ``"mica"`` are PEFT's
-    code (extra ``peft``). EVA takes data: ``molora.interop.eva.init_eva(model, dataloader)`` after ``convert``. Starts
-    that subtract from the base weights (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ) are refused, with the reason.
+    singular vectors, frozen; zero A); ``"pissa"`` or ``"pissa_niter_16"`` (B A: for each expert a share of the
+    weight's principal part), ``"olora"`` (the same of its QR decomposition); ``False`` (B random too, for tests). PiSSA
+    and OLoRA leave the base as it is: each expert takes its own start back, ``g s (B A - B0 A0) x``, by as many frozen
+    ranks again, so it costs twice the ranks and one expert alone is PEFT's (with ``lora_dropout`` what is taken back is
+    dropped out, too). All but ``True``, ``False`` and ``"gaussian"`` are PEFT's code (extra ``peft``). EVA, LoRA-GA and
+    CorDA take data: ``init_eva``, ``init_lora_ga`` and ``init_corda`` of ``molora.interop.eva``, ``.lora_ga`` and
+    ``.corda``, after ``convert``. LoftQ needs another base and is refused.
     """
 
     r: PerLayer = 8

@@ -1,12 +1,13 @@
-"""How experts start, by PEFT's names for it, and why some of PEFT's initialisers have no place on a frozen base.
+"""How experts start, by PEFT's names for it, and what to do instead for those of its initialisers that are no option.
 
-Every start leaves the converted model what the base is: ``B A = 0``. Bit for bit where one of the two is zero; with
-``"orthogonal"`` to the rounding of ``B A``.
+Every start leaves the converted model what the base is. Bit for bit where A or B is zero; with ``"orthogonal"`` to the
+rounding of ``B A = 0``; with ``"pissa"`` and ``"olora"``, where ``B0 A0`` is a part of the weight that the expert takes
+back under its own gate (see ``molora/bank.py``), to the rounding of ``B A - B0 A0 = 0``.
 """
 
 from __future__ import annotations
 
-from molora.config import STARTS
+from molora.config import IN_STEPS, STARTS
 from molora.errors import ConfigError, nearest
 
 __all__ = ["start"]
@@ -16,21 +17,16 @@ INITS |= {name: name for name in STARTS if name not in INITS.values()}
 KNOWN = (
     f"expected one of {list(INITS)} (True: kaiming A and zero B; 'gaussian': normal A of std 1/r; 'orthogonal': A and "
     "B in orthogonal halves of each expert's ranks; 'mica': B from the weight's minor singular vectors, frozen, zero "
-    "A; False: B random too, for tests)"
+    "A; 'pissa' or 'pissa_niter_[steps]': A and B of the weight's principal singular vectors; 'olora': of its QR "
+    "decomposition; False: B random too, for tests)"
 )
-SUBTRACTS = (
-    "it starts from a part of the base weight and subtracts that part from the base, which is never changed here; and "
-    "what a mixture adds back depends on the token. 'mica' takes singular vectors of the weight and leaves it as it is"
-)
+DATA = "it starts from data, which no option holds: convert with True, then call "
 REASONS = {
-    "pissa": SUBTRACTS,
-    "olora": SUBTRACTS,
-    "corda": SUBTRACTS + "; molora.interop.eva.init_eva(model, dataloader) starts from data",
-    "lora_ga": SUBTRACTS + "; molora.interop.eva.init_eva(model, dataloader) starts from data",
+    "corda": DATA + "molora.interop.corda.init_corda(model, dataloader)",
+    "lora_ga": DATA + "molora.interop.lora_ga.init_lora_ga(model, dataloader)",
+    "eva": DATA + "molora.interop.eva.init_eva(model, dataloader)",
     "loftq": "it replaces the base weight by a quantised one and starts from what that lost; load the base quantised, "
     "and convert it with True",
-    "eva": "it starts from data, which no option holds: convert with True, then call "
-    "molora.interop.eva.init_eva(model, dataloader)",
 }
 
 
@@ -43,6 +39,8 @@ def start(init_lora_weights: bool | str) -> str:
     if init_lora_weights in INITS:
         return INITS[init_lora_weights]
     name = str(init_lora_weights).lower()
-    reason = next((REASONS[k] for k in REASONS if name == k or name.startswith(f"{k}_niter_")), None)
+    if IN_STEPS.fullmatch(name):
+        return name
+    reason = REASONS.get(name)
     why = KNOWN + nearest(name, [str(k) for k in INITS]) if reason is None else f"but {reason}"
     raise ConfigError(f"init_lora_weights: got {init_lora_weights!r}, {why}")
