@@ -31,12 +31,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.fixture(scope="module")
-def hub() -> Iterator[FakeHub]:
-    with fake_hub.serving() as found:
-        yield found
-
-
 def use(hub: FakeHub, what: str, folder: Path) -> None:
     """One of :mod:`tests.hub_uses`, with its home in ``folder``."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
@@ -55,11 +49,19 @@ def tensors(files: fake_hub.Files) -> set[str]:
     return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).keys() - {"__metadata__"}
 
 
+@pytest.fixture(scope="module")
+def pushed(folder: Path) -> Iterator[FakeHub]:
+    """A hub with a README of somebody's own, after the uploads of :mod:`tests.hub_uses`."""
+    with fake_hub.serving() as hub:
+        hub.repositories["me/mine"] = {"README.md": b"---\ntags:\n- own\n---\nmy work"}
+        use(hub, "push", folder)
+        yield hub
+
+
 @pytest.mark.slow
-def test_a_model_uploads_its_three_files_and_nothing_of_the_base(hub: FakeHub, folder: Path) -> None:
+def test_a_model_uploads_its_three_files_and_nothing_of_the_base(pushed: FakeHub) -> None:
     """Converted or under PEFT's wrapper. Somebody's own README in the repository stays; PEFT's push writes its own."""
-    hub.repositories["me/mine"] = {"README.md": b"---\ntags:\n- own\n---\nmy work"}
-    use(hub, "push", folder)
+    hub = pushed
     assert hub.repositories.keys() == {"me/mine", "me/bare", "me/saved", "me/wrapped"}
     weights = {files["adapter_model.safetensors"] for files in hub.repositories.values()}
     assert len(weights) == 1
@@ -77,8 +79,9 @@ def test_a_model_uploads_its_three_files_and_nothing_of_the_base(hub: FakeHub, f
 
 
 @pytest.mark.slow
-def test_adapters_are_loaded_by_name_and_only_their_files_are_fetched(hub: FakeHub, folder: Path) -> None:
+def test_adapters_are_loaded_by_name_and_only_their_files_are_fetched(pushed: FakeHub, folder: Path) -> None:
     """Not a base or pickles beside them, nor what a Trainer pushed; of a foreign one, also its experts."""
+    hub = pushed
     base = {"model.safetensors": b"a whole base", "training_args.bin": b"a pickle", "pytorch_model.bin": b"a pickle"}
     hub.repositories["me/mine"] |= {**base, "checkpoint-3/adapter_config.json": b"{}"}
     hub.repositories["me/empty"] = {"README.md": b"nothing", **base}
