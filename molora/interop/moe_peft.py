@@ -46,7 +46,8 @@ class _Weights:
 
 def recognises(folder: Path, config: Mapping[str, Any]) -> bool:
     """An adapter_config.json of peft_type MOLA or LORAMOE."""
-    return config.get("peft_type") in KINDS
+    kind = config.get("peft_type")
+    return isinstance(kind, str) and kind in KINDS
 
 
 def read(folder: Path, model: nn.Module, asked: Asked) -> Foreign:

@@ -95,8 +95,9 @@ def read_peft_lora(
         )
     tensors = _tensors(folder, allow_pickle)
     saved = {k: t for k, t in tensors.items() if any(f".{n}." in f".{k}" for n in names) and _split(k)[1] is None}
-    adapted = {_split(k)[0] for k in tensors if _split(k)[1] is not None}
-    bases = {k: parts for k in tensors if (parts := _of_base(k))[0] in adapted}
+    others = [k for k in tensors if _split(k)[1] is None]
+    adapted = {_split(k)[0] for k in tensors.keys() - others}
+    bases = {k: parts for k in others if (parts := _of_base(k))[0] in adapted}
     found = _pairs(folder, {k: t for k, t in tensors.items() if k not in saved and k not in bases})
     pairs, stacks = parted(folder / CONFIG, config, found, stacked)
     name = config.get("base_model_name_or_path")
