@@ -46,7 +46,7 @@ def model_card(mixture: Mixture, fingerprint: Mapping[str, Any], tensors: Mappin
 
 # {config.recipe} adapter for {base or "a base model"}
 
-A mixture of LoRA experts made with [molora](https://pypi.org/project/molora/): recipe `{config.recipe}`,
+A mixture of LoRA experts made with molora (`pip install molora`): recipe `{config.recipe}`,
 {len(mixture.sites)} adapted modules, {" / ".join(map(str, experts))} experts a module.{names}
 
 | parameters | number |
