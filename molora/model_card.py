@@ -47,7 +47,7 @@ def model_card(mixture: Mixture, fingerprint: Mapping[str, Any], tensors: Mappin
 # {config.recipe} adapter for {base or "a base model"}
 
 A mixture of LoRA experts made with molora (`pip install molora`): recipe `{config.recipe}`,
-{len(mixture.sites)} adapted modules, {" / ".join(map(str, experts))} experts a module.{names}
+{len(mixture.sites)} adapted modules; experts a module: {" or ".join(map(str, experts))}.{names}
 
 | parameters | number |
 |---|---|
