@@ -15,6 +15,10 @@ const part = (run, name) => document.getElementById(`${run.id}-${name}`);
 const fixed = (value, digits) => (value === null || value === undefined ? "none" : value.toFixed(digits));
 const percent = (value, digits = 1) => (value === null || value === undefined ? "none" : `${(100 * value).toFixed(digits)} %`);
 
+// A narrow window cuts a long entry of a select; its tooltip has the whole text.
+const entitle = ({ target }) => { if (target.matches("select")) target.title = target.selectedOptions[0]?.text ?? ""; };
+for (const event of ["pointerover", "focusin", "change"]) document.addEventListener(event, entitle);
+
 // Options as [value, text] pairs; a control with a single choice is not shown. Returns the <select>.
 function fill(select, options) {
   select.replaceChildren(...options.map(([value, text]) => element("option", { value }, text)));
