@@ -16,6 +16,7 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from molora import processes
+from molora.busy import spare_busy_cores
 from molora.cli_eval import add_commands
 from molora.errors import ConfigError, MoloraError
 
@@ -107,6 +108,8 @@ def train(
             "--gpus: got a number without --dry-run; the launcher (torchrun, deepspeed) says how many run"
         )
 
+    spare_busy_cores(errors)
+
     def tell(data: Data) -> None:
         output.print(data_table(arguments.data.domains, data.train_records, data.heldout_records, data.heldout))
 
@@ -144,6 +147,7 @@ def demo(
     """
     from molora.demo import run_demo
 
+    spare_busy_cores(errors)
     report = run_demo(config or list(DEMO), out, ctx.args, output)
     if check and any(report["not_below_base"].values()):
         raise typer.Exit(1)

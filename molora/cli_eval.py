@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from molora.busy import spare_busy_cores
 from molora.errors import ConfigError, nearest
 
 __all__ = ["add_commands"]
@@ -101,6 +102,7 @@ def evaluate(
         adapter, _pairs("--domain", domain), out, config, base, name, documents, max_length, batch_size, dtype, seed
     )
     job, asked = Evaluation(arguments, bar), _pairs("--choices", choices)
+    spare_busy_cores(Console(stderr=True))
     run = {
         Part.routing: lambda: job.routing(samples, intruders),
         Part.score: lambda: job.score(asked),

@@ -56,7 +56,7 @@ ROWS: tuple[Row, ...] = (
     (7, ("molora.data", "molora.packing", "molora.records", "molora.sources")),
     (8, ("molora.training",)),
     (8, ("molora.eval",)),
-    (9, ("molora.cli", "molora.cli_eval", "molora.demo", "molora.evaluate", "molora.info", "molora")),
+    (9, ("molora.cli", "molora.cli_eval", "molora.busy", "molora.demo", "molora.evaluate", "molora.info", "molora")),
 )
 
 METHOD_NAME = re.compile("mixlora|xlora|smora|mola|llava_?mole|meteora", re.IGNORECASE)
