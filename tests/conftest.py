@@ -1,4 +1,4 @@
-"""Fixtures and the one table of tolerances."""
+"""Fixtures, the mark of tests that compare bits, and the report on tolerances."""
 
 from __future__ import annotations
 
@@ -9,47 +9,48 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
+from tests import tolerances
+from tests.marks import claims_bits
+from tests.tolerances import TOLERANCES, close
+
+__all__ = ["TOLERANCES", "close"]
+
 # Triton kernels run compiled, or in the interpreter, which has to be on from the start: see test_interpreted.py.
 collect_ignore = [] if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
-class Tolerance(NamedTuple):
-    """How far two results may be apart, and why."""
-
-    rtol: float
-    atol: float
-    reason: str
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tolerances", action="store_true", help="print how much of each bound was used")
 
 
-TOLERANCES = {
-    "formula": Tolerance(1e-12, 1e-12, "float64 against a loop in float64: only the order of sums differs"),
-    "same_math_fp32": Tolerance(1e-5, 1e-5, "float32, the same sums in another order through two layers"),
-    "identity_ffn_fp32": Tolerance(1e-5, 1e-6, "weights that sum to 1 only to rounding, times the block's output"),
-    "peft_lora": Tolerance(1e-5, 1e-6, "one expert against PEFT's LoRA: the sum is rounded once here, twice there"),
-    "peft_xlora": Tolerance(1e-4, 1e-5, "two passes; PEFT gates the input of A, molora its output"),
-    "fp16": Tolerance(4e-3, 0.0, "float16 has 11 bits of mantissa; root mean squares, since one element says little"),
-    "bf16": Tolerance(2e-2, 0.0, "bfloat16 has 8 bits of mantissa; root mean squares, since one element says little"),
-    "resumed": Tolerance(1e-6, 1e-6, "the same steps in new processes; only an all-reduce may add in another order"),
-    "real_model_fp32": Tolerance(1e-4, 1e-4, "float32 through 30 layers and some steps of AdamW, rows split otherwise"),
-    "additive": Tolerance(1e-5, 1e-5, "float32 sums over rows split into micro-batches"),
-}
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands over what its tests used."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tolerances"] = tolerances.used
 
 
-def close(a: torch.Tensor, b: torch.Tensor, name: str) -> None:
-    """Assert closeness by a tolerance's name."""
-    t = TOLERANCES[name]
-    if name in ("fp16", "bf16"):
-        assert a.dtype == b.dtype
-        error, size = (x.double().square().mean().sqrt().item() for x in (a.double() - b.double(), b))
-        assert error <= t.rtol * size, f"off by {error:.3g} of {size:.3g} in the root mean square ({name}: {t.reason})"
-        return
-    torch.testing.assert_close(a, b, rtol=t.rtol, atol=t.atol, msg=lambda m: f"{m}\n({name}: {t.reason})")
+def pytest_testnodedown(node: Any) -> None:
+    tolerances.add(getattr(node, "workeroutput", {}).get("tolerances", {}))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if terminalreporter.config.getoption("--tolerances"):
+        terminalreporter.section("tolerances: largest error / bound")
+        for line in tolerances.report():
+            terminalreporter.write_line(line)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what compares bit by bit."""
+    for item in items:
+        if isinstance(item, pytest.Function) and claims_bits(item.function):
+            item.add_marker("bits")
 
 
 @pytest.fixture(autouse=True)

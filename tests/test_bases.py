@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import molora
 from molora.errors import AdapterError, ConfigError, TargetError
 from tests import behaviours, tiny
+from tests.conftest import close
 from tests.support.families import base, inputs
 from tests.support.works import options
 
@@ -162,7 +163,7 @@ def test_a_cache_out_of_a_tuple_has_both_halves() -> None:
         whole = model(input_ids=ids).logits
         _, cache = model(input_ids=ids[:, :4], use_cache=True, return_dict=False)
         after = model(input_ids=ids[:, 4:], past_key_values=cache).logits
-    torch.testing.assert_close(after, whole[:, 4:], rtol=1e-5, atol=1e-5)
+    close(after, whole[:, 4:], "same_math_fp32")
 
 
 def test_a_backbone_without_a_hidden_state_is_refused() -> None:

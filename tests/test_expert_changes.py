@@ -69,7 +69,7 @@ def test_a_new_expert_leaves_the_others_bit_for_bit(recipe: str, name: str, tmp_
     if recipe in RENORMALISED:
         close(tiny.output(model, inputs), output, "same_math_fp32")
     else:  # its probability of e**-10 beside the others' is lost to them
-        torch.testing.assert_close(tiny.output(model, inputs), output, rtol=1e-2, atol=1e-2)
+        close(tiny.output(model, inputs), output, "a_vanishing_expert")
     again = reloaded(model, name, tmp_path)
     assert torch.equal(tiny.output(again, inputs), tiny.output(model, inputs))
     assert again._molora.sites == model._molora.sites

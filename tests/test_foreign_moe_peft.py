@@ -16,6 +16,7 @@ from molora.errors import AdapterError
 from tests import foreign_folders as write
 from tests import foreign_oracles as oracle
 from tests import tiny
+from tests.conftest import close
 from tests.foreign_cases import refused
 from tests.test_foreign import check
 
@@ -74,7 +75,7 @@ def test_training_goes_on_with_the_loss_of_that_code(kind: str, tmp_path: Path) 
     records = [r for own in tape.values() for r in own]
     P_E = torch.cat([r.probs for r in records]).mean(0)
     f_KE = torch.cat([torch.nn.functional.one_hot(r.ids, 3) for r in records]).float().mean(0)
-    torch.testing.assert_close(added, 1e-3 * 3 * (f_KE * P_E).sum(), rtol=1e-3, atol=1e-6)  # a small difference
+    close(added, 1e-3 * 3 * (f_KE * P_E).sum(), "difference_of_losses")
 
 
 def test_magnitudes_that_were_never_saved_are_told(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def test_experts_of_mica_share_out_the_minor_singular_vectors():
         picked = [(U_OK.T @ bank.expert(e)[1]).abs().argmax(0).tolist() for e in range(3)]
         K = U_OK.shape[1]
         assert picked == [[K - 4, K - 1], [K - 5, K - 2], [K - 6, K - 3]]
-        torch.testing.assert_close(bank.lora_B.T @ bank.lora_B, torch.eye(6), rtol=0, atol=1e-5)  # float32 SVD
+        close(bank.lora_B.T @ bank.lora_B, torch.eye(6), "svd_fp32")
 
 
 def test_an_orthogonal_start_is_pefts_draw_for_each_expert():

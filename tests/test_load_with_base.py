@@ -15,6 +15,7 @@ import molora
 from molora.errors import AdapterError, ConfigError, TargetError
 from tests import foreign_folders as write
 from tests import tiny
+from tests.conftest import close
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def test_a_folder_that_peft_wrote_with_a_task_or_the_class_alone(task: str | Non
     assert model._molora.config.recipe == "lora"
     inputs = tiny.batch("llama")
     expected = tiny.output(wrapped, inputs)
-    torch.testing.assert_close(tiny.output(model.eval(), inputs).float(), expected, rtol=1e-4, atol=1e-4)
+    close(tiny.output(model.eval(), inputs).float(), expected, "same_math_fp32")
 
 
 def test_a_classifier_gets_its_head_and_options_of_its_loader(tmp_path: Path) -> None:

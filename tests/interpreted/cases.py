@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from molora.kernels import eager, launch, ops
+from tests.tolerances import close
 
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
 # Two units in the last place: the interpreter cuts float32 to bfloat16 where a GPU rounds.
@@ -131,6 +132,17 @@ def steps(module: Any) -> Iterator[None]:
         yield
     finally:
         ops.steps_for = slot_ops.steps_for = before
+
+
+def same_rows(a: Tensor, b: Tensor) -> None:
+    """Rows that were computed at another place in a tile are equal: in every bit on a GPU.
+
+    In the interpreter a product is numpy's, whose BLAS may round by a row's place.
+    """
+    if launch.INTERPRETED:
+        close(a, b, "interpreter_fp32")
+    else:
+        assert torch.equal(a, b)
 
 
 def distance(got: Tensor, wanted: Tensor) -> float:
