@@ -67,7 +67,7 @@ FORMATS: dict[str, tuple[Callable[[Path], object], str, dict[str, Any]]] = {
 
 def refused(folder: Path, error: type[Exception], words: str, model: Any = None, **more: Any) -> None:
     """Loading raises ``error`` with ``words``, in one line or few, and leaves the model as it was."""
-    model = base_model("llama") if model is None else model
+    model = base_model("llama", trainable=True) if model is None else model
     before = snapshot(model)
     with pytest.raises(error, match=words) as caught:
         molora.load(model, folder, **more)

@@ -45,7 +45,7 @@ def folder(good: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def base() -> Any:
-    return tiny.base_model("llama")
+    return tiny.base_model("llama", trainable=True)
 
 
 def refused(base: Any, folder: Path) -> str:

@@ -191,7 +191,9 @@ TESTS: dict[str, tuple[int, Callable[[Any], None]]] = {
     ),
     "forged config on a model": (
         40,
-        lambda data: check_model(tiny.base_model("llama"), data.draw(edited(json.loads(real()[CONFIG])))),
+        lambda data: check_model(
+            tiny.base_model("llama", trainable=True), data.draw(edited(json.loads(real()[CONFIG])))
+        ),
     ),
 }
 

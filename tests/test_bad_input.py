@@ -107,7 +107,7 @@ def refused(model: Any, call: Callable[[], Any], error: type[Exception], words: 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(name: str):
     recipe, options, error, words = OPTIONS[name]
-    model = base_model("llama")
+    model = base_model("llama", trainable=True)
     refused(model, lambda: molora.convert(model, recipe, **options), error, words)
     assert molora.convert(model, "lora", r=2) is model, "and it can be converted afterwards"
 
@@ -115,7 +115,7 @@ def test_options(name: str):
 @pytest.mark.parametrize("name", OTHER_MODELS)
 def test_modules_that_are_no_target(name: str):
     base, wanted, words = OTHER_MODELS[name]
-    model = base_model(base)
+    model = base_model(base, trainable=True)
     refused(model, lambda: molora.convert(model, "lora", target_modules=wanted), TargetError, words)
 
 

@@ -97,7 +97,7 @@ def test_every_way_to_switch_it_on(recipe: str, name: str, way: str, when: str) 
     options = behaviours.options(recipe, name, lora_dropout=0.2)
     inputs = padded_batch(name)
     wanted = checked(tiny.arm(molora.convert(tiny.base_model(name), recipe, **options)), inputs)
-    model = tiny.base_model(name)
+    model = tiny.base_model(name, trainable=True)
     if when == "before":
         WAYS[way](model)
         model.train()

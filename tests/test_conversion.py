@@ -41,7 +41,7 @@ def test_the_matrix_is_whole() -> None:
 
 @pytest.mark.parametrize(("recipe", "name"), list(tiny.REFUSED))
 def test_refused_pairs_change_nothing(recipe: str, name: str) -> None:
-    model = tiny.base_model(name)
+    model = tiny.base_model(name, trainable=True)
     before = behaviours.snapshot(model)
     with pytest.raises(tiny.REFUSED[recipe, name], match="two"):
         molora.convert(model, recipe, **behaviours.options(recipe, name))
@@ -72,18 +72,20 @@ def test_zero_init_is_identity(recipe: str, name: str, dtype: torch.dtype) -> No
 
 @matrix
 def test_unload_brings_everything_back(recipe: str, name: str) -> None:
-    model, inputs = tiny.base_model(name), tiny.batch(name)
+    model, inputs = tiny.base_model(name, trainable=True), tiny.batch(name)
     first = next(iter(model.parameters()))
     first.requires_grad_(False)
     list(model.modules())[7].train()
     before, output = behaviours.snapshot(model), tiny.output(model, inputs)
+    frozen = tiny.output(tiny.base_model(name), inputs)
     converted = molora.convert(model, recipe, **behaviours.options(recipe, name))
     assert converted is model
     assert isinstance(model, type(tiny.base_model(name)))
+    assert trainable(model).keys() == expected_parameters(recipe, name).keys(), "the base's own weights are frozen"
     tiny.arm(model)
     with model.disable_adapter():
-        assert torch.equal(tiny.output(model, inputs), output)
-    assert not torch.equal(tiny.output(model, inputs), output)
+        assert torch.equal(tiny.output(model, inputs), frozen)
+    assert not torch.equal(tiny.output(model, inputs), frozen)
     with pytest.raises(ConfigError, match="unload"):
         molora.convert(model, "lora")
     assert model.unload() is model

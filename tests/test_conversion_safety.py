@@ -46,7 +46,7 @@ def nth_call_raises(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, n
 def test_a_failing_swap_changes_nothing(recipe: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At every n: the wrappers stand ready, the n-th swap fails, and the model is as it was."""
     donor = behaviours.shared_fresh(recipe, name)
-    model = tiny.base_model(name)
+    model = tiny.base_model(name, trainable=True)
     before = behaviours.snapshot(model)
     built = making.build(model, donor._molora.config, donor._molora.sites)
     for n in range(len(built.modules)):
@@ -77,7 +77,7 @@ STEPS = [
 def test_a_failing_step_changes_nothing(
     recipe: str, name: str, owner: object, step: str, n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tiny.base_model(name)
+    model = tiny.base_model(name, trainable=True)
     model.gradient_checkpointing_enable()
     before = behaviours.snapshot(model)
     calls = nth_call_raises(monkeypatch, owner, step, n)

@@ -17,7 +17,7 @@ from molora.interop.export import export_merged, mean_gates
 from molora.interop.peft_lora import read_peft_lora
 from tests.conftest import close
 from tests.test_peft_lora import loaded_by_peft
-from tests.tiny import adapters, base_model, batch, converted, output
+from tests.tiny import adapters, arm, base_model, batch, converted, options, output
 
 pytest.importorskip("peft", reason="the comparison is with PEFT itself, which the extra `peft` installs")
 
@@ -80,7 +80,7 @@ def test_experts_in_half_precision_are_merged_in_float32(dtype: torch.dtype, tmp
     for path, m in sites_of(model).values():
         A, B, scale = (torch.as_tensor(t).double() for t in merged[path])
         parts = [(w, *(torch.as_tensor(t).double() for t in m.bank.expert(e))) for e, w in enumerate([0.3, 0.3, 0.4])]
-        torch.testing.assert_close(scale * (B @ A), sum(w * s * (B @ A) for w, A, B, s in parts), rtol=1e-5, atol=1e-6)
+        close(scale * (B @ A), sum(w * s * (B @ A) for w, A, B, s in parts), "merged_fp32")
 
 
 # ---- what leaves a mixture with whole trained modules ----
@@ -92,7 +92,8 @@ OUT: dict[str, Callable[[Any, Path], Any]] = {
 
 
 def with_trained_modules(root: Path) -> Any:
-    model = converted("lora", "llama", root, modules_to_save=["lm_head", "norm"]).eval()
+    own = options("lora", "llama", root, modules_to_save=["lm_head", "norm"])
+    model = arm(molora.convert(base_model("llama", trainable=True), "lora", **own)).eval()
     with torch.no_grad():
         for n, p in model.named_parameters():
             if ".trained." in n:

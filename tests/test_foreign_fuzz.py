@@ -89,7 +89,7 @@ CHANGES: tuple[Callable[[Path, random.Random], None], ...] = (change_config, cha
 def test_a_changed_folder_loads_or_is_refused(form: str, seed: int, tmp_path: Path):
     make, _, more = FORMATS[form]
     make(tmp_path / "good")
-    rng, base = random.Random(f"{form} {seed}"), base_model("llama")
+    rng, base = random.Random(f"{form} {seed}"), base_model("llama", trainable=True)
     before, refusals = snapshot(base), 0
     for i in range(FOLDERS):
         folder = Path(shutil.copytree(tmp_path / "good", tmp_path / str(i)))
@@ -103,7 +103,7 @@ def test_a_changed_folder_loads_or_is_refused(form: str, seed: int, tmp_path: Pa
         else:
             with torch.no_grad():
                 assert base(input_ids=torch.arange(3, 9)[None]).logits.isfinite().all()
-            base = base_model("llama")
+            base = base_model("llama", trainable=True)
             before = snapshot(base)
     assert refusals > FOLDERS / 4
 

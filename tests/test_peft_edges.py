@@ -69,7 +69,7 @@ def test_experts_whose_b_is_fixed_stay_so(tmp_path: Path) -> None:
 
 
 def test_the_inner_model_may_be_unloaded_first() -> None:
-    model = get_peft_model(tiny.base_model("llama"), config("mola"), adapter_name="a")
+    model = get_peft_model(tiny.base_model("llama", trainable=True), config("mola"), adapter_name="a")
     model.add_adapter("b", config("lora"))
     model.get_base_model().unload()
     base = model.unload()

@@ -72,7 +72,7 @@ def test_hooks_of_the_caller_are_not_copied_and_stay() -> None:
 
 
 def test_weights_that_were_tied_meanwhile_do_not_stop_an_unload() -> None:
-    model = molora.convert(tiny.base_model("llama"), "mola", r=2)
+    model = molora.convert(tiny.base_model("llama", trainable=True), "mola", r=2)
     model.lm_head.weight = model.model.embed_tokens.weight
     base = model.unload()
     assert type(base) is type(tiny.base_model("llama"))

@@ -111,9 +111,14 @@ def _prototype(name: str) -> Any:
     return model.eval()
 
 
-def base_model(name: str) -> Any:
-    """A fresh copy of the tiny model ``name``; the same weights every time."""
-    return copy.deepcopy(_prototype(name))
+def base_model(name: str, trainable: bool = False) -> Any:
+    """A fresh copy of the tiny model ``name``; the same weights every time.
+
+    Frozen, as a mixture's base is: PyTorch chooses a product's path also by ``requires_grad``, so bits are equal only
+    under equal flags. ``trainable`` gives the flags of ``from_pretrained``, to test that conversion takes them away and
+    ``unload`` gives them back.
+    """
+    return copy.deepcopy(_prototype(name)).requires_grad_(trainable)
 
 
 def batch(name: str, rows: int = 2, length: int = 9, seed: int = 0, labels: bool = True) -> dict[str, Tensor]:

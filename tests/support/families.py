@@ -167,8 +167,8 @@ def _prototype(name: str) -> Any:
 
 
 def base(name: str) -> Any:
-    """A fresh copy of the base of family ``name``; the same weights every time."""
-    return copy.deepcopy(_prototype(name))
+    """A fresh copy of the base of family ``name``; the same weights every time, frozen as ``tiny.base_model`` says."""
+    return copy.deepcopy(_prototype(name)).requires_grad_(False)
 
 
 def inputs(name: str) -> dict[str, Tensor]:
