@@ -1,6 +1,6 @@
 # Every target sets up what it needs: `make test` on a fresh clone is enough. Needs python3.11 with venv, make, g++.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test bits lint bench clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -32,6 +32,15 @@ demo: $(STAMP)  ## fine-tune a small language model on four domains, compare, sa
 test: export OMP_NUM_THREADS := 1
 test: lint  ## lint, then every test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Each of these makes a library multiply in another way. What claims bits holds under all of them.
+SETTINGS := MKL_CBWR=COMPATIBLE ONEDNN_MAX_CPU_ISA=SSE41 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=1 OMP_NUM_THREADS=2 \
+  OPENBLAS_CORETYPE=Haswell OPENBLAS_CORETYPE=SkylakeX
+
+bits: export OMP_NUM_THREADS := 1
+bits: export GOMP_SPINCOUNT := 0
+bits: $(STAMP)  ## the tests that compare bits, under every setting of the libraries that multiply
+	for s in $(SETTINGS); do echo "== $$s"; env $$s $(BIN)/python -m pytest -m bits $(PYTEST_ARGS) || exit; done
 
 lint: $(STAMP)  ## ruff (rules and format) and mypy --strict
 	$(BIN)/ruff check .

@@ -277,16 +277,17 @@ def mix_linear(
     x_TI: Tensor,
     dropped_TI: Tensor,
     experts: tuple[Tensor, Tensor, Routing | None, Layout],
+    read: bool = True,
 ) -> Tensor:
     """``layer(x) + ((dropped A^T) * g) B^T`` (T, O) by the chosen kernel; without a routing every expert counts 1.
 
     ``experts``: A (R, I), B (O, R), the routing, the layout; A and B may be of another dtype than x, which is that of
     the products. A kernel that does base and experts in one operator is taken where ``layer`` is exactly a frozen
     ``nn.Linear`` that nobody hooks into (not quantised, sharded, or gathered on use) and the experts see the same x;
-    otherwise ``base()`` is called for the layer's output.
+    otherwise, and without ``read``, ``base()`` is called for the layer's output.
     """
     chosen = _chosen(kernel, dropped_TI, *experts[2:])
-    if chosen.linear is not None and dropped_TI is x_TI and _plain(layer, x_TI):
+    if chosen.linear is not None and read and dropped_TI is x_TI and _plain(layer, x_TI):
         parameters = layer._parameters
         return chosen.linear(x_TI, parameters["weight"], parameters["bias"], *experts)
     y = base()

@@ -222,10 +222,8 @@ class MixtureLinear(RoutedModule):
     def forward(self, x: Tensor) -> Tensor:
         """The sum above; shapes and dtypes as in the class docstring."""
         off, frame = context.here(self.owner)
-        if off:
-            return cast(Tensor, self.base_layer(x))
-        if self.model_wide and frame is not None and frame.pass_value == 0.0:
-            return self.base(x)
+        if off or (self.model_wide and frame is not None and frame.pass_value == 0.0):
+            return cast(Tensor, self.base_layer(x)) if off else self.base(x)
         x_TI = x.reshape(-1, x.shape[-1])
         dropped_TI = self.dropped(x_TI)
         routing = self._routing(x_TI, dropped_TI)
@@ -234,7 +232,8 @@ class MixtureLinear(RoutedModule):
             return self.base(x)
         A_RI, B_OR, layout = bank.packed()
         experts = A_RI, B_OR, routing, layout
-        y_TO = mix_linear(self.kernel, self.base_layer, lambda: self.base(x), x_TI, dropped_TI, experts)
+        read = x.ndim == 2 or x.is_contiguous()  # else nn.Linear multiplies batch by batch, and rounds otherwise
+        y_TO = mix_linear(self.kernel, self.base_layer, lambda: self.base(x), x_TI, dropped_TI, experts, read)
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
 

@@ -55,10 +55,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def deterministic() -> Iterator[None]:
-    """One thread, fixed seeds, deterministic algorithms; quiet transformers."""
+    """One thread or as many as OMP_NUM_THREADS says, fixed seeds, deterministic algorithms; quiet transformers."""
     transformers.logging.set_verbosity_error()
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     yield

@@ -24,12 +24,13 @@ def run(*arguments: str, **environment: str) -> str:
     """The closing line of a pytest process; fails with the end of what it printed."""
     interpret = {} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **interpret, **environment}
+    env = {"OMP_NUM_THREADS": "1", **os.environ, **interpret, **environment}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT_S, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     return done.stdout.rstrip().splitlines()[-1]
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 @pytest.mark.parametrize("file", FILES)
 def test_kernels(file: str):

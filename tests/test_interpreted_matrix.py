@@ -30,6 +30,7 @@ def wide_tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.bits
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", CELLS)
 def test_behaviour_matrix_on_triton(cell: str, wide_tiles: Path):

@@ -9,6 +9,7 @@ from tests.support import table
 from tests.support.families import FAMILIES
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("row", FAMILIES)
 def test_a_cell_says_what_happens(row: str, recipe: str) -> None:

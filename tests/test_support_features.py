@@ -9,6 +9,7 @@ from tests.support import table
 from tests.support.features import FEATURES
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("row", FEATURES)
 def test_a_cell_says_what_happens(row: str, recipe: str) -> None:

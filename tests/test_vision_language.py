@@ -24,7 +24,7 @@ def llava() -> Any:
     torch.manual_seed(0)
     vision = tf.CLIPVisionConfig(**VISION, image_size=16, patch_size=8)
     config = tf.LlavaConfig(vision_config=vision, text_config=tf.LlamaConfig(**GQA), image_token_id=IMAGE)
-    return tf.LlavaForConditionalGeneration(config).eval()
+    return tf.LlavaForConditionalGeneration(config).eval().requires_grad_(False)
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -68,7 +68,7 @@ def test_the_projector_trains_whole_and_is_saved(llava: Any, tmp_path: Path):
         with model.disable_adapter():
             assert torch.equal(model(**batch()).logits, llava(**batch()).logits)
     model.save_pretrained(tmp_path)
-    loaded = molora.load(copy.deepcopy(llava), tmp_path)
+    loaded = molora.load(copy.deepcopy(llava), tmp_path, trainable=True).eval()  # the flags of what was trained
     with torch.no_grad():
         assert torch.equal(loaded(**batch()).logits, expected)
         assert torch.equal(loaded.unload()(**batch()).logits, llava(**batch()).logits)
