@@ -227,7 +227,8 @@ def test_steps_are_those_of_the_trainer(rows: int, epochs: float, steps: int, tm
         disable_tqdm=True,
         save_strategy="no",
     )
-    trainer = tf.Trainer(base_model("llama", trainable=True), args, train_dataset=[{"input_ids": [3, 4], "labels": [3, 4]}] * rows)
+    data = [{"input_ids": [3, 4], "labels": [3, 4]}] * rows
+    trainer = tf.Trainer(base_model("llama", trainable=True), args, train_dataset=data)
     trainer.train()
     assert trainer.state.global_step == steps_of(rows, Batch(3, 2, 1, 8), epochs, -1) == steps
     assert steps_of(rows, Batch(3, 2, 1, 8), epochs, 5) == 5
