@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from molora.build import HEAD
+from molora.config.strict import shown
 from molora.errors import AdapterError, ConfigError, nearest
 from molora.fused import FusedExperts, FusedParameter
 from molora.install import sites_of, wrappers_of
 from molora.layers import MixtureLinear, RoutedModule, SavedModule
-from molora.strict import shown
 
 __all__ = ["expert_modules", "keep_trained", "merge_expert", "merges", "saved_tensors", "stacks_of", "trained_copies"]
 

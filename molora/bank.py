@@ -15,9 +15,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from molora.config.site import SiteConfig
 from molora.errors import AdapterError
 from molora.kernels.reference import Layout, gates_of
-from molora.site import SiteConfig
 
 __all__ = ["ExpertBank"]
 

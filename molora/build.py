@@ -12,13 +12,13 @@ from torch import nn
 
 from molora.bank import ExpertBank
 from molora.config import MoloraConfig, Placement
+from molora.config.site import SiteConfig
 from molora.errors import ConfigError, TargetError, nearest
 from molora.ffn import FFNDown, FFNRows, FFNUp
 from molora.fused import FusedExperts, FusedParameter
 from molora.kernels.dispatch import known
 from molora.layers import MixtureLinear, Owner, RoutedModule, SavedModule
 from molora.routers import BALANCES, ROUTERS, BiasedRouter, HiddenRouter
-from molora.site import SiteConfig
 from molora.target_parameters import owner_of
 
 __all__ = ["HEAD", "Built", "build", "check_tables", "generator"]

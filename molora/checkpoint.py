@@ -28,9 +28,9 @@ from molora.adapter_config import (
     expected_tensors,
 )
 from molora.config import MoloraConfig
+from molora.config.site import SiteConfig
 from molora.errors import AdapterError, CheckpointError
 from molora.fingerprint import fingerprint
-from molora.site import SiteConfig
 from molora.staged import CONFIG, CONFIG_LIMIT, NEXT, WEIGHTS, save_folder, signature
 from molora.strict_json import read_object
 from molora.tensor_file import TensorFile

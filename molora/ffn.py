@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from molora import context
 from molora.config import Placement
+from molora.config.site import SiteConfig
 from molora.errors import MoloraError
 from molora.kernels.dispatch import Unit, add_ranks, contract_slots, expand_slots, unit_for
 from molora.kernels.reference import mix_slots
 from molora.layers import MixtureLinear, Owner, RoutedModule
 from molora.routing import Routing
-from molora.site import SiteConfig
 
 __all__ = ["FFNDown", "FFNRows", "FFNUp"]
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from molora.build import HEAD, Built, build
 from molora.checkpoint import Described, check_fingerprint
+from molora.config.site import SiteConfig
 from molora.errors import AdapterError, ConfigError, TargetError
 from molora.layers import SavedModule
-from molora.site import SiteConfig
 from molora.target_parameters import stacked_at
 from molora.trace import linear_shape
 

@@ -28,10 +28,10 @@ from torch.func import functional_call
 from molora import context
 from molora.bank import ExpertBank
 from molora.config import Placement
+from molora.config.site import SiteConfig
 from molora.errors import MoloraError
 from molora.layers import Owner, RoutedModule
 from molora.routing import autocast_on
-from molora.site import SiteConfig
 
 __all__ = ["FusedExperts", "FusedParameter"]
 

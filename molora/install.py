@@ -10,11 +10,11 @@ from torch import nn
 
 from molora.build import HEAD, Built
 from molora.config import MoloraConfig
+from molora.config.site import SiteConfig
 from molora.errors import TargetError
 from molora.ffn import FFNRows
 from molora.fused import FusedExperts
 from molora.layers import MixtureLinear, Owner, RoutedModule, SavedModule
-from molora.site import SiteConfig
 
 __all__ = ["Mixture", "check_forward", "install", "sites_of", "uninstall", "wrappers_of"]
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from molora import context
 from molora.bank import ExpertBank
 from molora.config import Placement
+from molora.config.site import SiteConfig
 from molora.context import Frame, Report
 from molora.errors import ConfigError, MoloraError
 from molora.kernels.dispatch import mix_linear
 from molora.routers import BALANCES, BiasedRouter
 from molora.routers.balance import Seen
 from molora.routing import ROUTER_DTYPE, Routing, autocast_on, gate
-from molora.site import SiteConfig
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from molora.bank import ExpertBank
 from molora.build import HEAD, generator
 from molora.config import MoloraConfig, Placement
+from molora.config.site import SiteConfig
+from molora.config.strict import PerLayer, matches, shown
 from molora.errors import ConfigError
 from molora.install import Mixture, sites_of
 from molora.layers import MixtureLinear, RoutedModule
 from molora.routers import BiasedRouter, HiddenRouter, LinearRouter
-from molora.site import SiteConfig
-from molora.strict import PerLayer, matches, shown
 
 __all__ = ["NEW_LOGIT", "add_expert", "prune_experts"]
 

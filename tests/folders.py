@@ -18,8 +18,8 @@ from torch import Tensor
 from molora.adapter_config import checksum
 from molora.checkpoint import load_tensors, read_adapter, write_adapter
 from molora.config import MoloraConfig
+from molora.config.site import SiteConfig
 from molora.recipes import RECIPES
-from molora.site import SiteConfig
 from molora.staged import CONFIG, WEIGHTS
 from molora.strict_json import read_object
 

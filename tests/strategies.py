@@ -7,7 +7,8 @@ from typing import Any
 import hypothesis.strategies as st
 from hypothesis import assume
 
-from molora.config import STARTS, BalanceConfig, GateConfig, MoloraConfig, Placement, RouterConfig
+from molora.config import BalanceConfig, GateConfig, MoloraConfig, Placement, RouterConfig
+from molora.config.placements import STARTS
 from molora.errors import ConfigError
 
 KINDS = ("switch", "z", "supervised", "bias")

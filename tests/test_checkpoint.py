@@ -16,8 +16,8 @@ from safetensors.torch import save as library_save
 
 import molora
 from molora.checkpoint import expected_tensors, load_tensors, read_adapter
+from molora.config.site import SiteConfig
 from molora.errors import CheckpointError
-from molora.site import SiteConfig
 from tests import behaviours, tiny
 from tests.folders import FINGERPRINT, contents, load, save, small_config, small_sites, small_tensors
 

@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, event, given, settings
 import molora
 from molora import resolve
 from molora.config import BalanceConfig, GateConfig, MoloraConfig, Placement, RouterConfig, per_layer
+from molora.config.site import SiteConfig
 from molora.errors import ConfigError, MoloraError
 from molora.recipes import RECIPES
-from molora.site import SiteConfig
 from molora.trace import trace
 from tests.strategies import configs, junk, neighbours
 from tests.tiny import adapters, base_model, batch, options

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import molora
 from molora.build import generator
-from molora.config import FROM_THE_BASE, STARTS, MoloraConfig
+from molora.config import MoloraConfig
+from molora.config.placements import FROM_THE_BASE, STARTS
 from molora.errors import ConfigError
 from molora.interop.initialisers import STARTED_BY_PEFT, dealt
 from molora.layers import MixtureLinear

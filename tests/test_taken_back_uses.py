@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import molora
+from molora.config.site import SiteConfig
 from molora.errors import AdapterError, CheckpointError, ConfigError
 from molora.eval.experts import expert_report
 from molora.eval.lesions import silenced
 from molora.interop.export import export_merged
 from molora.load import restore
-from molora.site import SiteConfig
 from molora.training.counts import activation_widths
 from tests import tiny
 from tests.conftest import close

@@ -10,9 +10,9 @@ from torch import nn
 
 from molora.bank import ExpertBank
 from molora.build import HEAD
+from molora.config.site import SiteConfig
 from molora.install import sites_of
 from molora.layers import MixtureLinear, RoutedModule, SavedModule
-from molora.site import SiteConfig
 from molora.targets import layer_of
 from molora.training.costs import Activations, Weights
 

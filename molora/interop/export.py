@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from molora.adapter_state import stacks_of, trained_copies
 from molora.build import HEAD
+from molora.config.strict import matches
 from molora.errors import ConfigError, nearest
 from molora.install import Mixture, sites_of
 from molora.interop.peft_lora import Module
@@ -25,7 +26,6 @@ from molora.layers import MixtureLinear
 from molora.model import MixtureModel
 from molora.routers import HiddenRouter
 from molora.staged import save_folder
-from molora.strict import matches
 
 __all__ = ["export_merged", "export_xlora", "mean_gates"]
 

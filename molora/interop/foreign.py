@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from molora.config import MoloraConfig
+from molora.config.strict import matches, shown, type_name
 from molora.convert import aligned
 from molora.errors import AdapterError, ConfigError, nearest
 from molora.interop.bin_file import load_pickle
 from molora.interop.names import renamings
 from molora.interop.peft_lora import HEADER_LIMIT, LoraAdapter
 from molora.staged import CONFIG, CONFIG_LIMIT
-from molora.strict import matches, shown, type_name
 from molora.strict_json import read_object
 from molora.targets import candidates, ends_with
 from molora.tensor_file import TensorFile

@@ -15,12 +15,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from molora.config.strict import shown
 from molora.convert import aligned
 from molora.errors import AdapterError, ConfigError
 from molora.interop.foreign import Asked, Foreign, check_weights, in_model
 from molora.interop.peft_lora import HEADER_LIMIT, PREFIX, LoraAdapter, Module
 from molora.recipes import RECIPES
-from molora.strict import shown
 from molora.strict_json import open_regular
 from molora.tensor_file import TensorFile
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from molora.config.strict import shown
 from molora.errors import AdapterError, ConfigError
 from molora.interop.conversion_report import ConversionReport, ModuleError
 from molora.interop.merged import (
@@ -34,7 +35,6 @@ from molora.interop.peft_lora import HEADER_LIMIT, PREFIX
 from molora.interop.peft_writer import write_peft_lora
 from molora.model import MixtureModel
 from molora.staged import CONFIG, CONFIG_LIMIT, WEIGHTS
-from molora.strict import shown
 from molora.strict_json import read_object
 from molora.targets import candidates
 from molora.tensor_file import TensorFile

@@ -11,9 +11,9 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from molora.config import BalanceConfig, MoloraConfig, Placement
+from molora.config.strict import PerLayer, all_faults, matches, shown, type_name
 from molora.errors import ConfigError, nearest
 from molora.recipes.starts import start
-from molora.strict import PerLayer, all_faults, matches, shown, type_name
 
 __all__ = ["Common", "recipe"]
 

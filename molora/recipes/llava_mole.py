@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from molora.config import GateConfig, MoloraConfig, RouterConfig
+from molora.config.strict import PerLayer
 from molora.recipes.common import Common, recipe
-from molora.strict import PerLayer
 
 __all__ = ["llava_mole"]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from molora.config import BalanceConfig, GateConfig, MoloraConfig, RouterConfig
+from molora.config.strict import PerLayer
 from molora.errors import ConfigError
 from molora.recipes.common import Common, recipe
-from molora.strict import PerLayer
 
 __all__ = ["smora"]
 

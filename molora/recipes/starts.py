@@ -7,7 +7,7 @@ back under its own gate (see ``molora/bank.py``), to the rounding of ``B A - B0 
 
 from __future__ import annotations
 
-from molora.config import IN_STEPS, STARTS
+from molora.config.placements import IN_STEPS, STARTS
 from molora.errors import ConfigError, nearest
 
 __all__ = ["start"]

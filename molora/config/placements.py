@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from molora.parts import MOST, BalanceConfig, GateConfig, RouterConfig
-from molora.strict import PerLayer, Strict, at_least, choice, shown
+from molora.config.options import MOST, BalanceConfig, GateConfig, RouterConfig
+from molora.config.strict import PerLayer, Strict, at_least, choice, shown
 
 __all__ = [
     "STARTS",

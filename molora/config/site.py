@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from molora.activations import ACTIVATIONS
-from molora.parts import MOST
-from molora.strict import Strict, at_least, choice, shown
+from molora.config.options import MOST
+from molora.config.strict import Strict, at_least, choice, shown
 
 __all__ = ["SiteConfig"]
 

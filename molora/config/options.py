@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from molora.strict import PerLayer, Strict, at_least, choice, shown
+from molora.config.strict import PerLayer, Strict, at_least, choice, shown
 
 __all__ = ["MOST", "BalanceConfig", "GateConfig", "RouterConfig"]
 
