@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from molora.errors import ConfigError
+from molora.extras import need
 
 __all__ = ["draw", "load_heatmaps", "need_matplotlib", "site_labels"]
 
@@ -18,10 +18,7 @@ FACTOR = 4.0  # the scale ends at a quarter of and four times the balanced load
 
 def need_matplotlib() -> None:
     """Raise a :class:`ConfigError` that names the extra when matplotlib is not installed."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as e:
-        raise ConfigError("pictures need the package matplotlib: pip install 'molora[eval]'") from e
+    need("matplotlib.figure", "eval", "a picture")
 
 
 def site_labels(sites: Sequence[str]) -> list[str]:

@@ -23,6 +23,7 @@ from molora.eval.routing import token_texts
 from molora.eval.stats import RoutingStats, merge
 from molora.eval.summary import summary
 from molora.eval.watch import collect_routing
+from molora.extras import missing
 from molora.load import load
 from molora.model import MixtureModel
 
@@ -30,7 +31,7 @@ try:
     from lm_eval.models.huggingface import HFLM
     from lm_eval.utils import get_rolling_token_windows
 except ImportError as e:
-    raise ConfigError("the package lm-eval is not installed: pip install 'molora[harness]'") from e
+    raise missing("lm-eval", "harness", "lm-evaluation-harness") from e
 
 __all__ = ["MoloraLM"]
 

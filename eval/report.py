@@ -19,6 +19,7 @@ from molora.eval.report_tables import (
     specialists,
 )
 from molora.eval.verdict import verdict
+from molora.extras import need
 
 __all__ = ["render", "write_report"]
 
@@ -77,11 +78,7 @@ def write_report(documents: Sequence[Mapping[str, Any]], path: str | os.PathLike
 
 def _packages() -> tuple[Any, str]:
     """The environment of the templates, where every value is escaped, and plotly's source."""
-    try:
-        import jinja2
-        from plotly.offline import get_plotlyjs
-    except ImportError as e:
-        raise ConfigError(f"a report needs the package {e.name}: pip install 'molora[eval]'") from e
+    jinja2, offline = (need(module, "eval", "a report") for module in ("jinja2", "plotly.offline"))
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -89,7 +86,7 @@ def _packages() -> tuple[Any, str]:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment, get_plotlyjs()
+    return environment, offline.get_plotlyjs()
 
 
 def _run(n: int, document: Mapping[str, Any], pages: int) -> dict[str, Any]:

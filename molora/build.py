@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,9 +18,10 @@ from molora.fused import FusedExperts, FusedParameter
 from molora.kernels.dispatch import known
 from molora.layers import MixtureLinear, Owner, RoutedModule, SavedModule
 from molora.routers import BALANCES, ROUTERS, BiasedRouter, HiddenRouter
+from molora.seeds import generator
 from molora.target_parameters import owner_of
 
-__all__ = ["HEAD", "Built", "build", "check_tables", "generator"]
+__all__ = ["HEAD", "Built", "build", "check_tables"]
 
 HEAD = "molora_router"  # attribute of the model that holds a model-wide router
 HALF = (torch.float16, torch.bfloat16)
@@ -53,12 +53,6 @@ def check_tables(config: MoloraConfig) -> None:
         for name, table in [*tables, *((b.kind, BALANCES) for b in p.balance)]:
             if name not in table:
                 raise ConfigError(f"got {name!r}, expected one of {', '.join(table)}{nearest(name, table)}")
-
-
-def generator(seed: int, *names: str) -> torch.Generator:
-    """A CPU generator that depends on the seed and the names alone, not on order or the global random state."""
-    digest = hashlib.sha256("\0".join((str(seed), *names)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _place(module: nn.Module) -> tuple[torch.device, torch.dtype]:

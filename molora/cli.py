@@ -19,6 +19,7 @@ from molora import processes
 from molora.busy import spare_busy_cores
 from molora.cli_eval import add_commands
 from molora.errors import ConfigError, MoloraError
+from molora.extras import missing
 
 __all__ = ["app", "main"]
 
@@ -91,9 +92,11 @@ def train(
     accelerate, from a hostfile or under SLURM; each explains itself with `--help`. `--deepspeed zero2` (zero1, zero3,
     zero3_offload, or a JSON file) trains under DeepSpeed; `--global_batch_size 64` means the same on any number.
     """
-    from molora.training.demo_model import package_folder
+    from molora.extras import package_folder
 
-    package_folder("accelerate", "accelerate", "train")  # before transformers' Trainer asks for it in its own words
+    package_folder(
+        "accelerate", "accelerate", "train", "training"
+    )  # before transformers' Trainer asks for it in its own words
     from molora.eval.tables import data_table
     from molora.training.arguments import read_arguments
     from molora.training.plan_table import show_plan
@@ -206,7 +209,7 @@ def main() -> None:
         package = (e.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        _give_up(f"the package {package} is not installed: pip install 'molora[{EXTRAS[package]}]'")
+        _give_up(str(missing(package, EXTRAS[package], "this command")))
 
 
 def _give_up(message: str) -> NoReturn:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from molora.build import Built, build, check_tables, generator
+from molora.build import Built, build, check_tables
 from molora.config import MoloraConfig
 from molora.errors import AdapterError, ConfigError, nearest
 from molora.install import check_forward, install
@@ -22,6 +22,7 @@ from molora.layers import MixtureLinear
 from molora.model import MixtureModel, adopt
 from molora.recipes import RECIPES
 from molora.resolve import resolve
+from molora.seeds import generator
 from molora.staged import CONFIG
 from molora.targets import candidates
 

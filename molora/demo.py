@@ -30,10 +30,11 @@ from molora.eval.tables import data_table, result_table, verdicts
 from molora.eval.terminal import verdict_panel
 from molora.eval.verdict import verdict
 from molora.evaluate import Evaluation, EvaluationArguments
+from molora.extras import package_folder
 from molora.records import source
 from molora.training.arguments import Arguments, read_arguments
 from molora.training.demo_data import score_answer
-from molora.training.demo_model import model_folder, package_folder
+from molora.training.demo_model import model_folder
 from molora.training.match import matched
 from molora.training.models import CAUSAL, task_of
 from molora.training.rows import Data, prepare_data, supervised_experts
@@ -56,7 +57,7 @@ def run_demo(configs: Sequence[Path], out: Path, overrides: Sequence[str], conso
     """
     started = time.perf_counter()
     for package in ("jinja2", "plotly"):  # now, not after the training
-        package_folder(package, package, "eval")
+        package_folder(package, package, "eval", "the report")
     runs = _comparable([read_arguments(path, overrides) for path in configs], out)
     first = next(iter(runs.values()))
     if task_of(first.model) != CAUSAL:

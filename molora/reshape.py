@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from molora.bank import ExpertBank
-from molora.build import HEAD, generator
+from molora.build import HEAD
 from molora.config import MoloraConfig, Placement
 from molora.config.site import SiteConfig
 from molora.config.strict import PerLayer, matches, shown
@@ -19,6 +19,7 @@ from molora.errors import ConfigError
 from molora.install import Mixture, sites_of
 from molora.layers import MixtureLinear, RoutedModule
 from molora.routers import BiasedRouter, HiddenRouter, LinearRouter
+from molora.seeds import generator
 
 __all__ = ["NEW_LOGIT", "add_expert", "prune_experts"]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from molora.errors import ConfigError, nearest
+from molora.extras import need
 from molora.records import COLUMNS, Columns, Record, Source, record
 
 __all__ = ["HUB", "read_jsonl", "read_lines", "read_source"]
@@ -123,12 +124,9 @@ def _paragraphs(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(path: Path, columns: Columns, needs: Collection[str]) -> list[Record]:
+    parquet = need("pyarrow.parquet", "train", str(path))
     try:
-        import pyarrow.parquet
-    except ImportError as e:
-        raise ConfigError(f"{path}: the package pyarrow is not installed: pip install 'molora[train]'") from e
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
+        file = parquet.ParquetFile(path)
         names = list(file.schema_arrow.names)
         rows = file.read(columns=[n for n in names if n in _used(columns, needs)]).to_pylist()
     except (OSError, ValueError) as e:  # pyarrow's errors are among them
@@ -138,10 +136,7 @@ def _parquet(path: Path, columns: Columns, needs: Collection[str]) -> list[Recor
 
 def _hub(source: Source, needs: Collection[str]) -> list[Record]:
     name, config, split = (*source.path.removeprefix(HUB).split(":", 2), "", "")[:3]
-    try:
-        import datasets
-    except ImportError as e:
-        raise ConfigError(f"{source.path}: the package datasets is not installed: pip install 'molora[train]'") from e
+    datasets = need("datasets", "train", source.path)
     quiet = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

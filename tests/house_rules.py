@@ -28,6 +28,8 @@ ROWS: tuple[Row, ...] = (
             "molora.routing",
             "molora.context",
             "molora.processes",
+            "molora.extras",
+            "molora.seeds",
         ),
     ),
     (1, ("molora.card_section", "molora.tensor_file", "molora.staged")),
@@ -40,7 +42,7 @@ ROWS: tuple[Row, ...] = (
     (
         4,
         ("molora.interop.peft_lora", "molora.interop.peft_config", "molora.interop.bin_file", "molora.interop.names")
-        + ("molora.interop.installed", "molora.interop.peft_stacked", "molora.interop.peft_writer"),
+        + ("molora.interop.peft_stacked", "molora.interop.peft_writer"),
     ),
     (
         5,

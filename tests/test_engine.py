@@ -113,7 +113,7 @@ def test_deepspeed_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> Non
     real = importlib.util.find_spec
     hide = lambda name, *more: None if name == "deepspeed" else real(name, *more)  # noqa: E731
     monkeypatch.setattr(importlib.util, "find_spec", hide)
-    with pytest.raises(ConfigError, match=r"deepspeed is not installed: pip install 'molora\[train\]'"):
+    with pytest.raises(ConfigError, match=r"deepspeed: pip install 'molora\[train\]'"):
         engine.prepare_engine({"deepspeed": "zero2"})
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import molora
-from molora.build import generator
 from molora.errors import ConfigError
 from molora.load import restore
+from molora.seeds import generator
 from molora.training.counts import kinds_of
 from tests import tiny
 from tests.conftest import close

@@ -12,6 +12,7 @@ import torch
 from transformers import HfArgumentParser
 
 from molora.errors import ConfigError, nearest
+from molora.extras import missing
 from molora.records import source
 from molora.training.engine import check_engine, prepare_engine, world_size
 from molora.training.settings import TrainingArguments
@@ -160,9 +161,7 @@ def _parse(values: Mapping[str, Any], where: str) -> Arguments:
     try:
         model, mixture, data, plan, training = parser.parse_args_into_dataclasses(args=flags, look_for_args_file=False)
     except ImportError as e:
-        raise ConfigError(
-            f"{where}training needs a package that is not installed: pip install 'molora[train]' ({e})"
-        ) from e
+        raise missing(f"accelerate ({e})", "train", f"{where}training") from e
     except (ValueError, TypeError) as e:
         raise ConfigError(f"{where}{e}") from e
     check_engine(training, values.get("deepspeed"), world_size())

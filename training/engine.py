@@ -18,7 +18,7 @@ import torch
 from transformers import TrainingArguments
 
 from molora.errors import ConfigError, nearest
-from molora.training.demo_model import package_folder
+from molora.extras import package_folder
 
 __all__ = ["check_engine", "prepare_cpu_engine", "prepare_engine", "resolve_deepspeed", "world_size"]
 
@@ -101,7 +101,7 @@ def prepare_engine(values: Mapping[str, Any]) -> dict[str, Any]:
                 "argument, where it is checked: --deepspeed zero2, or the path of the JSON file"
             )
         return values
-    package_folder("deepspeed", "deepspeed", "train")
+    package_folder("deepspeed", "deepspeed", "train", "deepspeed=")
     _refuse(settings)
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # DeepSpeed's calls
     values |= _base_type(values, settings) | {"deepspeed": settings}

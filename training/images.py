@@ -10,6 +10,7 @@ from torch import Tensor
 
 from molora.data import IGNORED, Example, answer_ids, learned, turns
 from molora.errors import ConfigError
+from molora.extras import need
 from molora.records import Record
 
 __all__ = ["ImageRows", "encode_image"]
@@ -31,10 +32,7 @@ def _seen(record: Record) -> list[dict[str, Any]]:
 
 
 def _image(record: Record) -> Any:
-    try:
-        from PIL import Image
-    except ImportError as e:
-        raise ConfigError("images: the package pillow is not installed: pip install 'molora[train]'") from e
+    Image = need("PIL.Image", "train", "a row with an image")
     try:
         with Image.open(io.BytesIO(record.image) if isinstance(record.image, bytes) else record.image) as image:
             return image.convert("RGB")

@@ -21,6 +21,7 @@ from transformers.models.auto import modeling_auto
 
 from molora.config import MoloraConfig
 from molora.errors import ConfigError, nearest
+from molora.extras import missing
 from molora.training.arguments import ModelArguments
 from molora.training.demo_model import model_folder, quiet_loading
 
@@ -86,10 +87,7 @@ def load_processor(arguments: ModelArguments) -> Any:
     try:
         processor = AutoProcessor.from_pretrained(folder)
     except ImportError as e:
-        raise ConfigError(
-            f"model: the image processor in {folder} needs a package that is not installed: pip install "
-            f"'molora[train]' ({e})"
-        ) from e
+        raise missing(f"pillow ({e})", "train", f"model: the image processor in {folder}") from e
     except (OSError, ValueError) as e:
         raise ConfigError(f"model: the processor in {folder} cannot be loaded: {e}") from e
     if not hasattr(processor, "tokenizer"):

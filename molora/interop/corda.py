@@ -8,14 +8,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from molora.build import generator
 from molora.errors import ConfigError, MoloraError
+from molora.extras import FAULTS, need
 from molora.interop.fresh import Batches, bank_of, check_weights, fresh_sites, on_device, shared_copy, take
 from molora.interop.initialisers import peft_start, readable_weight
-from molora.interop.installed import installed_peft
-from molora.interop.merged import FAULTS
 from molora.layers import MixtureLinear
 from molora.model import MixtureModel
+from molora.seeds import generator
 
 __all__ = ["init_corda"]
 
@@ -50,7 +49,7 @@ def init_corda(model: nn.Module, dataloader: Batches, *, corda_method: str = "ip
     sites = fresh_sites(model, WHAT)
     rank = max(sum(bank_of(m).ranks) for m in sites.values())
     check_weights(sites, dict.fromkeys(sites, rank), WHAT)
-    peft = installed_peft(WHAT)
+    peft = need("peft", "peft", WHAT)
     from peft.tuners.lora.config import CordaConfig
 
     config = CordaConfig(corda_method=corda_method)  # type: ignore[arg-type]

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from molora.errors import ConfigError, MoloraError
+from molora.extras import FAULTS, need
 from molora.interop.fresh import Batches, bank_of, fresh_sites
 from molora.interop.initialisers import dealt
-from molora.interop.installed import installed_peft
-from molora.interop.merged import FAULTS
 
 __all__ = ["init_eva"]
 
@@ -81,7 +80,7 @@ def _components(
     model: nn.Module, paths: list[str], rank: int, batches: _Limited, tau: float, options: dict[str, Any]
 ) -> dict[str, Any]:
     """(rank, I) directions by path, from a copy of the model that shares its tensors, so that no hook stays behind."""
-    peft = installed_peft("init_eva")
+    peft = need("peft", "peft", "init_eva")
     shared = {id(t): t for t in (*model.parameters(), *model.buffers())}
     twin: Any = copy.deepcopy(model, dict(shared)).eval()
     try:

@@ -14,11 +14,11 @@ from transformers.pytorch_utils import Conv1D
 
 from molora import processes
 from molora.bank import ExpertBank
-from molora.build import Built, generator
+from molora.build import Built
 from molora.errors import ConfigError
-from molora.interop.installed import installed_peft
-from molora.interop.merged import FAULTS
+from molora.extras import FAULTS, need
 from molora.layers import MixtureLinear
+from molora.seeds import generator
 
 __all__ = ["STARTED_BY_PEFT", "deal_out", "dealt", "peft_start", "readable_weight", "start_experts"]
 
@@ -94,7 +94,7 @@ def readable_weight(m: MixtureLinear, ranks: int, what: str) -> Tensor:
         ConfigError: with ``what`` needs it, where it cannot be read, or has fewer singular vectors than ``ranks``.
     """
     base, path = m.base_layer, m.site.path
-    installed_peft(what)
+    need("peft", "peft", what)
     from peft.utils.integrations import dequantize_module_weight
 
     try:
@@ -133,7 +133,7 @@ def peft_start(
 
     ``found``: what PEFT's preparations left on the linear. ``options``: more of PEFT's ``LoraConfig``.
     """
-    installed_peft(f"init_lora_weights={name!r}")
+    need("peft", "peft", f"init_lora_weights={name!r}")
     from peft import LoraConfig
     from peft.tuners.lora import Linear
 

@@ -10,14 +10,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from molora.build import generator
 from molora.errors import ConfigError, MoloraError
+from molora.extras import FAULTS, need
 from molora.interop.fresh import Batches, bank_of, check_weights, fresh_sites, on_device, shared_copy, take
 from molora.interop.initialisers import peft_start, readable_weight
-from molora.interop.installed import installed_peft
-from molora.interop.merged import FAULTS
 from molora.layers import MixtureLinear
 from molora.model import MixtureModel
+from molora.seeds import generator
 
 __all__ = ["init_lora_ga"]
 
@@ -49,7 +48,7 @@ def init_lora_ga(model: nn.Module, dataloader: Batches, *, seed: int = 0, **opti
     """
     sites = fresh_sites(model, WHAT)
     check_weights(sites, {p: sum(bank_of(m).ranks) for p, m in sites.items()}, WHAT, DIRECTIONS)
-    peft = installed_peft(WHAT)
+    peft = need("peft", "peft", WHAT)
     _check(options, typing.get_type_hints(peft.LoraGAConfig))
     try:
         config = peft.LoraGAConfig(**options)

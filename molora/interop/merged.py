@@ -13,17 +13,15 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from molora.build import generator
 from molora.errors import AdapterError, MoloraError
-from molora.interop.installed import installed_peft
+from molora.extras import FAULTS, need
+from molora.seeds import generator
 from molora.staged import WEIGHTS
 
-__all__ = ["FAULTS", "Probe", "changes", "linear_weight", "load_adapter", "model_output", "probes", "told", "wide_copy"]
+__all__ = ["Probe", "changes", "linear_weight", "load_adapter", "model_output", "probes", "told", "wide_copy"]
 
 ROWS = 64  # input vectors that a module's outputs are compared on
 HALF = (torch.float16, torch.bfloat16)
-# What PEFT and a model's own code raise for a folder that does not fit.
-FAULTS = (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, ImportError, OSError)
 
 Probe = tuple[Tensor, Tensor]  # x (N, I) and the adapter's own outputs (N, O)
 
@@ -68,7 +66,7 @@ def load_adapter(model: nn.Module, folder: Path) -> Any:
     Raises:
         AdapterError: when PEFT cannot load the folder on it, or loads it in part.
     """
-    peft = installed_peft("to_lora")
+    peft = need("peft", "peft", "to_lora")
     with told(folder, f"PEFT cannot put it on this {type(model).__name__}"):
         config = peft.PeftConfig.from_pretrained(folder)
         if config.is_prompt_learning or config.is_adaption_prompt:

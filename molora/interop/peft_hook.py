@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 from molora.config import MoloraConfig
-from molora.errors import ConfigError
+from molora.extras import missing
 
 __all__ = ["peft_config", "register_with_peft"]
 
@@ -40,7 +40,7 @@ def peft_config(
         import molora.interop.peft_tuner  # noqa: F401 importing it registers it
         from molora.interop.peft_settings import make_config
     except ImportError as e:
-        raise ConfigError(f"peft_config: needs PEFT ({e}): pip install 'molora[peft]'") from e
+        raise missing(f"peft ({e})", "peft", "peft_config") from e
     return make_config(recipe, seed=seed, task_type=task_type, options=options)
 
 

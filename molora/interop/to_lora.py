@@ -18,18 +18,9 @@ from torch import Tensor, nn
 
 from molora.config.strict import shown
 from molora.errors import AdapterError, ConfigError
+from molora.extras import FAULTS
 from molora.interop.conversion_report import ConversionReport, ModuleError
-from molora.interop.merged import (
-    FAULTS,
-    Probe,
-    changes,
-    linear_weight,
-    load_adapter,
-    model_output,
-    probes,
-    told,
-    wide_copy,
-)
+from molora.interop.merged import Probe, changes, linear_weight, load_adapter, model_output, probes, told, wide_copy
 from molora.interop.peft_config import PEFT_TYPE, check_start
 from molora.interop.peft_lora import HEADER_LIMIT, PREFIX
 from molora.interop.peft_writer import write_peft_lora
