@@ -16,7 +16,8 @@ from molora.errors import ConfigError, MoloraError
 from molora.kernels.dispatch import mix_linear
 from molora.routers import BALANCES, BiasedRouter
 from molora.routers.balance import Seen
-from molora.routing import ROUTER_DTYPE, Routing, autocast_on, gate
+from molora.routers.gates import gate
+from molora.routing import ROUTER_DTYPE, Routing, autocast_on
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

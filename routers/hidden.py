@@ -11,7 +11,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from molora.config import GateConfig, RouterConfig
-from molora.routing import ROUTER_DTYPE, Routing, as_dtype, autocast_on, gate
+from molora.routers.gates import gate
+from molora.routing import ROUTER_DTYPE, Routing, as_dtype, autocast_on
 
 __all__ = ["HiddenRouter"]
 

@@ -15,7 +15,7 @@ from molora.context import Observation
 from molora.recipes import RECIPES
 from molora.routers import BALANCES
 from molora.routers.balance import Seen, combine
-from molora.routing import gate
+from molora.routers.gates import gate
 from tests.conftest import close
 from tests.tiny import batch, converted
 

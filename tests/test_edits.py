@@ -10,7 +10,8 @@ from torch import Tensor
 
 from molora.config import GateConfig
 from molora.eval.edits import GATES, Scene, random, shuffled, top_1, uniform
-from molora.routing import Routing, gate
+from molora.routers.gates import gate
+from molora.routing import Routing
 from tests.conftest import close
 from tests.edited import without
 

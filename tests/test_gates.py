@@ -12,7 +12,8 @@ from torch import Tensor
 
 import molora
 from molora.config import GateConfig
-from molora.routing import Routing, dense_weights, gate
+from molora.routers.gates import gate
+from molora.routing import Routing, dense_weights
 from tests.conftest import close
 from tests.tiny import arm, base_model, batch, converted, options
 

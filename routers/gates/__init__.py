@@ -1,0 +1,5 @@
+"""Gate functions: a router's logits to weights and ids."""
+
+from molora.routers.gates.choice import gate
+
+__all__ = ["gate"]
