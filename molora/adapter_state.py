@@ -8,12 +8,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from molora.build import HEAD
 from molora.config.strict import shown
 from molora.errors import AdapterError, ConfigError, nearest
-from molora.fused import FusedExperts, FusedParameter
 from molora.install import sites_of, wrappers_of
-from molora.layers import MixtureLinear, RoutedModule, SavedModule
+from molora.layers.linear import MixtureLinear
+from molora.layers.mixture import HEAD
+from molora.layers.routed import RoutedModule
+from molora.layers.saved import SavedModule
+from molora.layers.stacked import FusedExperts, FusedParameter
 
 __all__ = ["expert_modules", "keep_trained", "merge_expert", "merges", "saved_tensors", "stacks_of", "trained_copies"]
 

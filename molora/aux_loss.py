@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from molora.config import BalanceConfig
 from molora.context import Frame, Report
 from molora.errors import ConfigError
-from molora.install import Mixture
+from molora.layers.mixture import Mixture
 from molora.routers.balance import combine, observe_all
 
 __all__ = ["add_aux_loss", "balance_loss", "predicted_labels"]

@@ -9,21 +9,23 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from molora.bank import ExpertBank
 from molora.config import MoloraConfig, Placement
 from molora.config.site import SiteConfig
 from molora.errors import ConfigError, TargetError, nearest
-from molora.ffn import FFNDown, FFNRows, FFNUp
-from molora.fused import FusedExperts, FusedParameter
 from molora.kernels.dispatch import known
-from molora.layers import MixtureLinear, Owner, RoutedModule, SavedModule
+from molora.layers.banks.plain import ExpertBank
+from molora.layers.ffn import FFNDown, FFNRows, FFNUp
+from molora.layers.linear import MixtureLinear
+from molora.layers.mixture import HEAD, Owner
+from molora.layers.routed import RoutedModule
+from molora.layers.saved import SavedModule
+from molora.layers.stacked import FusedExperts, FusedParameter
 from molora.routers import BALANCES, ROUTERS, BiasedRouter, HiddenRouter
 from molora.seeds import generator
 from molora.target_parameters import owner_of
 
-__all__ = ["HEAD", "Built", "build", "check_tables"]
+__all__ = ["Built", "build", "check_tables"]
 
-HEAD = "molora_router"  # attribute of the model that holds a model-wide router
 HALF = (torch.float16, torch.bfloat16)
 ROLES: dict[str, type[MixtureLinear]] = {"linear": MixtureLinear, "up": FFNUp, "down": FFNDown}
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 from molora import context
 from molora.errors import ConfigError
 from molora.install import sites_of
-from molora.layers import RoutedModule
+from molora.layers.routed import RoutedModule
 
 __all__ = ["bind", "needs_context", "rebind", "unbind"]
 

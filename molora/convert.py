@@ -18,7 +18,7 @@ from molora.install import check_forward, install
 from molora.interop.initialisers import start_experts
 from molora.interop.peft_lora import LoraAdapter, read_peft_lora, renaming
 from molora.interop.peft_stacked import placed
-from molora.layers import MixtureLinear
+from molora.layers.linear import MixtureLinear
 from molora.model import MixtureModel, adopt
 from molora.recipes import RECIPES
 from molora.resolve import resolve

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from molora.build import HEAD, Built, build
+from molora.build import Built, build
 from molora.checkpoint import Described, check_fingerprint
 from molora.config.site import SiteConfig
 from molora.errors import AdapterError, ConfigError, TargetError
-from molora.layers import SavedModule
+from molora.layers.mixture import HEAD
+from molora.layers.saved import SavedModule
 from molora.target_parameters import stacked_at
 from molora.trace import linear_shape
 

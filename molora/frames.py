@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from molora import context
 from molora.aux_loss import add_aux_loss
-from molora.build import HEAD
 from molora.context import Frame, editor_of, tape_of
 from molora.errors import ConfigError
-from molora.install import Mixture
+from molora.layers.mixture import HEAD, Mixture
 from molora.scaling_pass import two_passes
 
 __all__ = ["REST", "arguments_of", "open_frame", "run_in_frame"]

@@ -3,34 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from molora.build import HEAD, Built
-from molora.config import MoloraConfig
-from molora.config.site import SiteConfig
+from molora.build import Built
 from molora.errors import TargetError
-from molora.ffn import FFNRows
-from molora.fused import FusedExperts
-from molora.layers import MixtureLinear, Owner, RoutedModule, SavedModule
+from molora.layers.ffn import FFNRows
+from molora.layers.linear import MixtureLinear
+from molora.layers.mixture import HEAD, Mixture
+from molora.layers.routed import RoutedModule
+from molora.layers.saved import SavedModule
+from molora.layers.stacked import FusedExperts
 
-__all__ = ["Mixture", "check_forward", "install", "sites_of", "uninstall", "wrappers_of"]
+__all__ = ["check_forward", "install", "sites_of", "uninstall", "wrappers_of"]
 
 Wrapper = MixtureLinear | FFNRows | FusedExperts | SavedModule  # what stands in the place of a module of the base
-
-
-@dataclass
-class Mixture:
-    """What a converted model remembers: its config and sites, and how it was before."""
-
-    config: MoloraConfig
-    sites: tuple[SiteConfig, ...]
-    owner: Owner
-    base_class: type[nn.Module]
-    trainable: tuple[str, ...]
-    fingerprint: dict[str, object] = field(default_factory=dict)
 
 
 def _swap(model: nn.Module, path: str, new: nn.Module) -> None:

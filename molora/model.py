@@ -26,8 +26,9 @@ from molora.checkpoint import fingerprint, write_adapter
 from molora.checkpointing import bind, rebind, unbind
 from molora.errors import ConfigError
 from molora.frames import REST, arguments_of, run_in_frame
-from molora.install import Mixture, sites_of, uninstall
+from molora.install import sites_of, uninstall
 from molora.interop.peft_writer import write_peft_lora
+from molora.layers.mixture import Mixture
 from molora.model_card import model_card
 
 __all__ = ["MixtureModel", "adopt", "mixture_class"]

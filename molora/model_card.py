@@ -11,7 +11,7 @@ from torch import Tensor
 
 from molora.adapter_config import NAME
 from molora.config import MoloraConfig
-from molora.install import Mixture
+from molora.layers.mixture import Mixture
 
 __all__ = ["model_card"]
 

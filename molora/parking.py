@@ -10,13 +10,14 @@ from typing import Any, cast
 
 from torch import nn
 
-from molora.build import HEAD, Built
+from molora.build import Built
 from molora.checkpointing import unbind
 from molora.errors import ConfigError
-from molora.ffn import FFNRows
-from molora.fused import FusedExperts
-from molora.install import Mixture, install, uninstall, wrappers_of
-from molora.layers import SavedModule
+from molora.install import install, uninstall, wrappers_of
+from molora.layers.ffn import FFNRows
+from molora.layers.mixture import HEAD, Mixture
+from molora.layers.saved import SavedModule
+from molora.layers.stacked import FusedExperts
 from molora.model import MixtureModel, adopt
 
 __all__ = ["Parked", "park", "unpark"]

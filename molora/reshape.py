@@ -10,14 +10,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from molora.bank import ExpertBank
-from molora.build import HEAD
 from molora.config import MoloraConfig, Placement
 from molora.config.site import SiteConfig
 from molora.config.strict import PerLayer, matches, shown
 from molora.errors import ConfigError
-from molora.install import Mixture, sites_of
-from molora.layers import MixtureLinear, RoutedModule
+from molora.install import sites_of
+from molora.layers.banks.plain import ExpertBank
+from molora.layers.linear import MixtureLinear
+from molora.layers.mixture import HEAD, Mixture
+from molora.layers.routed import RoutedModule
 from molora.routers import BiasedRouter, HiddenRouter, LinearRouter
 from molora.seeds import generator
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from molora.config import MoloraConfig
 from molora.errors import TargetError, nearest
-from molora.layers import FLOATS
+from molora.layers.linear import FLOATS
 from molora.targets import CONVOLUTIONS, Candidate, ends_with, layer_of
 from molora.trace import Trace, linear_shape
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from molora.bank import ExpertBank
-from molora.layers import RoutedModule
+from molora.layers.banks.plain import ExpertBank
+from molora.layers.routed import RoutedModule
 from molora.routers import HiddenRouter, LinearRouter
 from tests import tiny
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from molora import context
 from molora.eval.edits import GATES, Edit, Scene
-from molora.layers import MixtureLinear
+from molora.layers.linear import MixtureLinear
 from molora.routing import Routing
 from tests import behaviours, tiny
 

@@ -35,9 +35,8 @@ ROWS: tuple[Row, ...] = (
     (1, ("molora.card_section", "molora.tensor_file", "molora.staged")),
     (1, ("molora.recipes",)),
     (1, ("molora.kernels",)),
-    (2, ("molora.bank",)),
     (2, ("molora.routers",)),
-    (3, ("molora.layers", "molora.ffn", "molora.fused", "molora.trace", "molora.structure")),
+    (3, ("molora.layers", "molora.trace", "molora.structure")),
     (4, ("molora.checkpoint", "molora.adapter_config", "molora.fingerprint")),
     (
         4,

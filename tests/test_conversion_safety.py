@@ -15,9 +15,9 @@ import molora
 from molora import build as making
 from molora import install as surgery
 from molora import model as gains
-from molora.bank import ExpertBank
 from molora.errors import AdapterError
-from molora.layers import MixtureLinear
+from molora.layers.banks.plain import ExpertBank
+from molora.layers.linear import MixtureLinear
 from tests import behaviours, tiny
 from tests.behaviours import each_recipe, matrix
 from tests.conftest import close

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 import molora
-from molora.layers import MixtureLinear
+from molora.layers.linear import MixtureLinear
 
 LAYERS, D, F = 32, 4096, 11008
 SHAPES = {

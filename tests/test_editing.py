@@ -13,12 +13,12 @@ from torch import Tensor
 
 import molora
 from molora import context
-from molora.bank import ExpertBank
 from molora.errors import ConfigError, MoloraError
 from molora.eval.edits import GATES, Edit, Scene, shuffled, top_1, uniform
 from molora.eval.recorder import routed_sites
-from molora.ffn import FFNRows
-from molora.layers import MixtureLinear
+from molora.layers.banks.plain import ExpertBank
+from molora.layers.ffn import FFNRows
+from molora.layers.linear import MixtureLinear
 from molora.routers import LinearRouter
 from molora.routing import Routing
 from tests import behaviours, tiny

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import molora
-from molora.build import HEAD
 from molora.errors import ConfigError
 from molora.install import sites_of
-from molora.layers import MixtureLinear
+from molora.layers.linear import MixtureLinear
+from molora.layers.mixture import HEAD
 from tests import behaviours, tiny
 from tests.conftest import close
 

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import molora
 from molora.errors import ConfigError
-from molora.ffn import FFNDown, FFNRows, FFNUp
-from molora.layers import MixtureLinear
+from molora.layers.ffn import FFNDown, FFNRows, FFNUp
+from molora.layers.linear import MixtureLinear
 from molora.routing import Routing
 from tests.conftest import close
 from tests.test_ffn_found import EXPECTED, Toy

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import molora
-from molora.layers import MixtureLinear
+from molora.layers.linear import MixtureLinear
 from molora.structure import ffn_blocks
 from molora.trace import trace
 from tests.test_ffn_found import EXPECTED

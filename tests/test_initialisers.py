@@ -17,7 +17,7 @@ from molora.config import MoloraConfig
 from molora.config.placements import FROM_THE_BASE, STARTS
 from molora.errors import ConfigError
 from molora.interop.initialisers import STARTED_BY_PEFT, dealt
-from molora.layers import MixtureLinear
+from molora.layers.linear import MixtureLinear
 from molora.seeds import generator
 from tests import tiny
 from tests.conftest import close

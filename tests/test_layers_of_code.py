@@ -76,7 +76,7 @@ def test_files_fit_their_limit():
 
 PLANTED = {
     "molora",
-    "molora.bank",
+    "molora.layers.banks.plain",
     "molora.config",
     "molora.convert",
     "molora.eval.record",
@@ -88,14 +88,14 @@ PLANTED = {
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("molora.config", "from molora.bank import ExpertBank"),
-        ("molora.bank", "def f():\n    import molora.convert"),
+        ("molora.config", "from molora.layers.banks.plain import ExpertBank"),
+        ("molora.layers.banks.plain", "def f():\n    import molora.convert"),
         (
-            "molora.bank",
+            "molora.layers.banks.plain",
             "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from molora import convert",
         ),
-        ("molora.bank", "import molora"),
-        ("molora.bank", "from molora.routers import ROUTERS"),
+        ("molora.layers.banks.plain", "import molora"),
+        ("molora.layers.banks.plain", "from molora.routers import ROUTERS"),
         ("molora.training.trainer", "from molora.eval.record import Tape"),
         ("molora.eval.record", "import molora.training.trainer as t"),
         ("molora.config", "import molora.new"),
@@ -123,12 +123,12 @@ def test_layer_rule_allows_lower_layers_and_the_own_row():
     ],
 )
 def test_method_name_rule_catches(source: str):
-    assert len(method_name_faults("molora/bank.py", source)) == 1
+    assert len(method_name_faults("molora/layers/banks/plain.py", source)) == 1
 
 
 def test_method_name_rule_allows_explanations():
     source = '"""As in MoLA, eq. 3."""\nx = 1  # mixlora does this\n"""Unlike mola."""'
-    assert method_name_faults("molora/bank.py", source) == []
+    assert method_name_faults("molora/layers/banks/plain.py", source) == []
     assert method_name_faults("molora/recipes/mola.py", "def mola(): pass") == []
 
 
@@ -139,5 +139,5 @@ def test_hiding_rule_catches():
 
 
 def test_length_rule_catches():
-    assert length_faults("molora/bank.py", 250) == length_faults("kernels/sort.py", 400) == []
-    assert len(length_faults("molora/bank.py", 251)) == len(length_faults("kernels/sort.py", 401)) == 1
+    assert length_faults("molora/layers/banks/plain.py", 250) == length_faults("kernels/sort.py", 400) == []
+    assert len(length_faults("molora/layers/banks/plain.py", 251)) == len(length_faults("kernels/sort.py", 401)) == 1

@@ -8,7 +8,7 @@ import torch
 from molora.eval.lesions import favourites, silenced
 from molora.eval.recorder import routed_sites
 from molora.install import sites_of
-from molora.layers import MixtureLinear
+from molora.layers.linear import MixtureLinear
 from tests import behaviours, tiny
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import molora
 from molora.kernels.reference import Layout, gates_of
-from molora.layers import MixtureLinear
+from molora.layers.linear import MixtureLinear
 from molora.routers import HiddenRouter
 from tests.conftest import close
 from tests.tiny import RECIPES, adapters, arm, base_model, batch, converted, options, output, write_adapter

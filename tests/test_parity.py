@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import molora
-from molora.layers import MixtureLinear
+from molora.layers.linear import MixtureLinear
 from tests.conftest import close
 from tests.tiny import arm, base_model, batch, converted, output, write_adapter
 

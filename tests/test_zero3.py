@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import molora
-from molora.build import HEAD
+from molora.layers.mixture import HEAD
 from tests import tiny, zero3_uses
 from tests.conftest import close
 from tests.folders import contents

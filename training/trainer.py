@@ -13,9 +13,9 @@ import transformers
 from torch import Tensor, nn
 
 from molora import context, processes
-from molora.build import HEAD
 from molora.errors import ConfigError
 from molora.install import sites_of
+from molora.layers.mixture import HEAD
 from molora.model import MixtureModel
 from molora.routers import update_biases
 from molora.training.finite import NonFiniteError, first_nonfinite, nonfinite_gradient

@@ -213,7 +213,7 @@ class MoloraConfig(Strict):
         return out + at_least("init_noise", self.init_noise, 0)
 
     def _parameter_faults(self) -> list[str]:
-        """Why the base's own experts cannot be adapted as the config says; see :mod:`molora.fused`."""
+        """Why the base's own experts cannot be adapted as the config says; see :mod:`molora.layers.stacked`."""
         if not self.target_parameters:
             return []
         what, out = "target_parameters", []

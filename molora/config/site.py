@@ -22,7 +22,8 @@ class SiteConfig(Strict):
     ``block``: path that names the shared router's block, ``lead`` the site that owns it. ``layer``: -1 without an
     index. ``mask``: the forward argument that marks this stream's real tokens, empty for none. ``index``: position
     among the sites of a model-wide router. ``ranks`` and ``scales``: one value for all experts, or one each.
-    ``takes_back``: each expert has as many frozen ranks again, which take its start back (see ``molora/bank.py``).
+    ``takes_back``: each expert has as many frozen ranks again, which take its start back (see
+    :mod:`molora.layers.banks.plain`).
     """
 
     path: str

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from molora.adapter_state import stacks_of, trained_copies
-from molora.build import HEAD
 from molora.config.strict import matches
 from molora.errors import ConfigError, nearest
-from molora.install import Mixture, sites_of
+from molora.install import sites_of
 from molora.interop.peft_lora import Module
 from molora.interop.peft_writer import write_peft_lora
 from molora.interop.peft_xlora import CLASSIFIER, PEFT_TYPE
-from molora.layers import MixtureLinear
+from molora.layers.linear import MixtureLinear
+from molora.layers.mixture import HEAD, Mixture
 from molora.model import MixtureModel
 from molora.routers import HiddenRouter
 from molora.staged import save_folder

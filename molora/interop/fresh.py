@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from molora.bank import ExpertBank
 from molora.errors import ConfigError
-from molora.fused import FusedParameter
 from molora.interop.initialisers import deal_out
-from molora.layers import MixtureLinear
+from molora.layers.banks.plain import ExpertBank
+from molora.layers.linear import MixtureLinear
+from molora.layers.stacked import FusedParameter
 from molora.model import MixtureModel
 
 __all__ = ["Batches", "bank_of", "check_weights", "fresh_sites", "on_device", "shared_copy", "take"]

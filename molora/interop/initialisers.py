@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from molora import processes
-from molora.bank import ExpertBank
 from molora.build import Built
 from molora.errors import ConfigError
 from molora.extras import FAULTS, need
-from molora.layers import MixtureLinear
+from molora.layers.banks.plain import ExpertBank
+from molora.layers.linear import MixtureLinear
 from molora.seeds import generator
 
 __all__ = ["STARTED_BY_PEFT", "deal_out", "dealt", "peft_start", "readable_weight", "start_experts"]

@@ -14,7 +14,7 @@ from molora.errors import ConfigError, MoloraError
 from molora.extras import FAULTS, need
 from molora.interop.fresh import Batches, bank_of, check_weights, fresh_sites, on_device, shared_copy, take
 from molora.interop.initialisers import peft_start, readable_weight
-from molora.layers import MixtureLinear
+from molora.layers.linear import MixtureLinear
 from molora.model import MixtureModel
 from molora.seeds import generator
 

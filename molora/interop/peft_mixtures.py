@@ -10,15 +10,16 @@ from typing import Any, cast
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from molora.build import HEAD, Built, build
+from molora.build import Built, build
 from molora.checkpoint import PREFIX
 from molora.convert import convert, on_cpu
 from molora.errors import AdapterError, ConfigError
 from molora.fitting import wrappers_for
-from molora.install import Mixture, install
+from molora.install import install
 from molora.interop.peft_names import PLACE, UNLOAD, check_base, check_name
 from molora.interop.peft_settings import MixtureConfig
 from molora.interop.peft_weights import digest, keys_of, trained
+from molora.layers.mixture import HEAD, Mixture
 from molora.model import MixtureModel, adopt
 from molora.parking import Parked, park, unpark
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from molora.build import HEAD
 from molora.errors import ConfigError
+from molora.layers.mixture import HEAD
 from molora.model import MixtureModel
 
 __all__ = ["PLACE", "UNLOAD", "check_base", "check_name"]

@@ -17,7 +17,7 @@ from molora.checkpoint import PREFIX, Described, describe
 from molora.config import MoloraConfig
 from molora.convert import config_of
 from molora.errors import CheckpointError, ConfigError
-from molora.install import Mixture
+from molora.layers.mixture import Mixture
 from molora.staged import CONFIG, WEIGHTS
 from molora.tensor_file import TensorFile, write_tensors
 

@@ -8,10 +8,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from molora.adapter_state import saved_tensors
-from molora.build import HEAD
 from molora.checkpoint import PREFIX, check_tensors
 from molora.errors import AdapterError, CheckpointError
-from molora.install import Mixture
+from molora.layers.mixture import HEAD, Mixture
 from molora.tensor_file import write_tensors
 
 __all__ = ["digest", "keys_of", "to_load", "to_save", "trained"]

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
-from molora.build import HEAD
 from molora.errors import AdapterError, ConfigError
 from molora.interop.foreign import Asked, Foreign
 from molora.interop.peft_lora import LoraAdapter
+from molora.layers.mixture import HEAD
 from molora.recipes import RECIPES
 
 __all__ = ["Linear", "assemble", "given_adapters", "linears"]

@@ -26,10 +26,10 @@ class Common:
 
     ``r`` and ``lora_alpha``: rank and scale numerator of each expert. ``target_modules``: list of name endings, a
     regular expression over whole paths, or ``"all-linear"``. ``target_parameters``: name endings of parameters (E, a,
-    b) that hold the base's own experts, which recipe ``lora`` adapts beside the linears (:mod:`molora.fused`); with
-    ``target_modules=[]``, alone. ``rank_pattern`` / ``alpha_pattern``: name ending to
-    value. ``balance_scope``: ``"sequence"`` (additive over rows) or ``"batch"`` (as published). ``kernel``: a key of
-    ``KERNELS`` or ``"auto"``. ``released``: reproduce released code where it differs from the paper.
+    b) that hold the base's own experts, which recipe ``lora`` adapts beside the linears
+    (:mod:`molora.layers.stacked`); with ``target_modules=[]``, alone. ``rank_pattern`` / ``alpha_pattern``: name
+    ending to value. ``balance_scope``: ``"sequence"`` (additive over rows) or ``"batch"`` (as published). ``kernel``: a
+    key of ``KERNELS`` or ``"auto"``. ``released``: reproduce released code where it differs from the paper.
 
     ``init_lora_weights``: ``True`` (kaiming A, zero B); ``"gaussian"`` (normal A of std 1/r, zero B); ``"orthogonal"``
     (A and B both random, ``B A = 0``, even ranks); ``"mica"`` (B: for each expert a share of the weight's minor

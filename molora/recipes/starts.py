@@ -2,7 +2,7 @@
 
 Every start leaves the converted model what the base is. Bit for bit where A or B is zero; with ``"orthogonal"`` to the
 rounding of ``B A = 0``; with ``"pissa"`` and ``"olora"``, where ``B0 A0`` is a part of the weight that the expert takes
-back under its own gate (see ``molora/bank.py``), to the rounding of ``B A - B0 A0 = 0``.
+back under its own gate (see ``molora/layers/banks/plain.py``), to the rounding of ``B A - B0 A0 = 0``.
 """
 
 from __future__ import annotations

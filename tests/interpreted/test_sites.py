@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from molora.kernels import dispatch
-from molora.layers import MixtureLinear
+from molora.layers.linear import MixtureLinear
 from tests import tiny
 from tests.conftest import close
 from tests.interpreted.cases import DEVICE

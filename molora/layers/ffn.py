@@ -21,7 +21,9 @@ from molora.config.site import SiteConfig
 from molora.errors import MoloraError
 from molora.kernels.dispatch import Unit, add_ranks, contract_slots, expand_slots, unit_for
 from molora.kernels.reference import mix_slots
-from molora.layers import MixtureLinear, Owner, RoutedModule
+from molora.layers.linear import MixtureLinear
+from molora.layers.mixture import Owner
+from molora.layers.routed import RoutedModule
 from molora.routing import Routing
 
 __all__ = ["FFNDown", "FFNRows", "FFNUp"]

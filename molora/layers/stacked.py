@@ -26,11 +26,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from molora import context
-from molora.bank import ExpertBank
 from molora.config import Placement
 from molora.config.site import SiteConfig
 from molora.errors import MoloraError
-from molora.layers import Owner, RoutedModule
+from molora.layers.banks.plain import ExpertBank
+from molora.layers.mixture import Owner
+from molora.layers.routed import RoutedModule
 from molora.routing import autocast_on
 
 __all__ = ["FusedExperts", "FusedParameter"]

@@ -1,0 +1,1 @@
+"""Banks: the packed experts of one linear."""

@@ -1,0 +1,119 @@
+"""A frozen linear with a mixture of LoRA experts on it."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from molora import context
+from molora.config import Placement, SiteConfig
+from molora.errors import ConfigError
+from molora.kernels.dispatch import mix_linear
+from molora.layers.banks.plain import ExpertBank
+from molora.layers.mixture import Owner
+from molora.layers.routed import RoutedModule
+from molora.routers.gates import gate
+from molora.routing import Routing, autocast_on
+
+__all__ = ["FLOATS", "MixtureLinear"]
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class MixtureLinear(RoutedModule):
+    """``y = W x + sum_e w_e(x) s_e B_e A_e dropout(x)`` on a frozen linear that is always called, never read.
+
+    x: (..., in_features) in the base's dtype; y: (..., out_features) in the dtype the base returns. Works on any
+    module that maps the last dimension, quantised or not. Off (``disable_adapter``), it is the base call itself.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        site: SiteConfig,
+        placement: Placement,
+        owner: Owner,
+        router: nn.Module | None,
+        bank: ExpertBank | None,
+        kernel: str,
+    ) -> None:
+        super().__init__(site, placement, owner, router)
+        self.base_layer, self.bank, self.kernel = base_layer, bank, kernel
+
+    @property
+    def weight(self) -> Any:
+        """The base's weight, for modelling code that looks at its dtype or device."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        """The base's bias, or None."""
+        return getattr(self.base_layer, "bias", None)
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return self.site.in_features
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.site.out_features
+
+    def extra_repr(self) -> str:
+        """Experts, total rank and choices, for ``print(model)``."""
+        ranks = self.site.expert_ranks()
+        return (
+            f"experts={self.site.num_experts}, total_rank={sum(ranks)}, top_k={self.site.top_k}, role={self.site.role}"
+        )
+
+    def base(self, x: Tensor) -> Tensor:
+        """The frozen linear's own output.
+
+        Raises:
+            ConfigError: for an input of another float dtype than the weight's, without autocast.
+        """
+        layer = cast(nn.Module, self._modules["base_layer"])
+        weight = layer._parameters.get("weight")
+        dtype = x.dtype if weight is None else weight.dtype
+        if dtype != x.dtype and dtype in FLOATS and not autocast_on(x):
+            raise ConfigError(
+                f"{self.site.path}: got an input of {x.dtype} on weights of {dtype}, expected one dtype; cast "
+                f"the inputs to {dtype}, load the model in {x.dtype}, or run under torch.autocast"
+            )
+        return cast(Tensor, layer(x))
+
+    def dropped(self, x_TI: Tensor) -> Tensor:
+        """The experts' input: one dropout mask for all of them, in train mode only."""
+        p = self.placement.lora_dropout
+        return nn.functional.dropout(x_TI, p, True) if p and self.training else x_TI
+
+    def _routing(self, x_TI: Tensor, dropped_TI: Tensor) -> Routing | None:
+        if self.always_on:
+            self._report_always_on(x_TI)
+            return None
+        return self.route(dropped_TI if self.placement.router.dropped_input else x_TI)
+
+    def _report_always_on(self, x_TI: Tensor) -> None:
+        frame = context.current()
+        if frame is not None and frame.tape is not None and self.router is not None:
+            self.report(gate(self.router(x_TI), self.placement.gate, None), frame, x_TI)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The sum above; shapes and dtypes as in the class docstring."""
+        off, frame = context.here(self.owner)
+        if off or (self.model_wide and frame is not None and frame.pass_value == 0.0):
+            return cast(Tensor, self.base_layer(x)) if off else self.base(x)
+        x_TI = x.reshape(-1, x.shape[-1])
+        dropped_TI = self.dropped(x_TI)
+        routing = self._routing(x_TI, dropped_TI)
+        bank = self.bank
+        if bank is None:
+            return self.base(x)
+        A_RI, B_OR, layout = bank.packed()
+        experts = A_RI, B_OR, routing, layout
+        read = x.ndim == 2 or x.is_contiguous()  # else nn.Linear multiplies batch by batch, and rounds otherwise
+        y_TO = mix_linear(self.kernel, self.base_layer, lambda: self.base(x), x_TI, dropped_TI, experts, read)
+        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
