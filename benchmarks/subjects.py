@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 
 import molora
-from molora.interop.peft_writer import write_peft_lora
+from molora.adapter.peft_lora_writer import write_peft_lora
 from molora.targets import candidates
 from molora.training.demo_model import model_folder
 

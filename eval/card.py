@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from molora.card_section import put
-from molora.checkpoint import read_adapter
+from molora.adapter.atomic_save import CARD, edit_card
+from molora.adapter.card_section import put
+from molora.adapter.folder import read_adapter
 from molora.errors import ConfigError
 from molora.eval.report_tables import specialists
 from molora.eval.verdict import verdict
-from molora.staged import CARD, edit_card
 
 __all__ = ["routing_section", "write_card"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from molora import context
-from molora.checkpoint import read_adapter
+from molora.adapter.folder import read_adapter
 from molora.errors import AdapterError, ConfigError
 from molora.eval.document import SCHEMA, write_json
 from molora.eval.harness_rows import NOBODY, Document, ExpectedRows, answered_rows, document_of

@@ -11,19 +11,19 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from molora.adapter.atomic_save import CONFIG
+from molora.adapter.peft_lora import LoraAdapter, read_peft_lora, renaming
+from molora.adapter.peft_lora_stacked import placed
 from molora.build import Built, build, check_tables
 from molora.config import MoloraConfig
 from molora.errors import AdapterError, ConfigError, nearest
 from molora.install import check_forward, install
 from molora.interop.initialisers import start_experts
-from molora.interop.peft_lora import LoraAdapter, read_peft_lora, renaming
-from molora.interop.peft_stacked import placed
 from molora.layers.linear import MixtureLinear
 from molora.model import MixtureModel, adopt
 from molora.recipes import RECIPES
 from molora.resolve import resolve
 from molora.seeds import generator
-from molora.staged import CONFIG
 from molora.targets import candidates
 
 __all__ = ["aligned", "config_of", "convert", "on_cpu", "put_on"]

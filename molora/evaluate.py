@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from molora.checkpoint import Adapter, read_adapter
+from molora.adapter.folder import Adapter, read_adapter
 from molora.data import Example, drawn
 from molora.errors import ConfigError
 from molora.eval.ablate import ablate

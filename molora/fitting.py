@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from molora.adapter.folder import Described, check_fingerprint
 from molora.build import Built, build
-from molora.checkpoint import Described, check_fingerprint
 from molora.config.site import SiteConfig
 from molora.errors import AdapterError, ConfigError, TargetError
 from molora.layers.mixture import HEAD

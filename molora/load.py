@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 from molora import processes
+from molora.adapter.folder import load_tensors, read_adapter
+from molora.adapter.hub import local_folder
 from molora.adapter_state import saved_tensors
 from molora.build import build
-from molora.checkpoint import load_tensors, read_adapter
 from molora.convert import on_cpu
 from molora.errors import AdapterError, ConfigError, TargetError
 from molora.fitting import fill, led, wrappers_for
-from molora.hub import local_folder
 from molora.install import install
 from molora.interop.foreign import ASKED, Asked, Importer, named_base, packed
 from molora.model import MixtureModel, adopt

@@ -12,7 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from molora import context, hub, reshape
+from molora import context, reshape
+from molora.adapter import hub
+from molora.adapter.card import model_card
+from molora.adapter.folder import fingerprint, write_adapter
+from molora.adapter.peft_lora_writer import write_peft_lora
 from molora.adapter_state import (
     expert_modules,
     keep_trained,
@@ -22,14 +26,11 @@ from molora.adapter_state import (
     stacks_of,
     trained_copies,
 )
-from molora.checkpoint import fingerprint, write_adapter
 from molora.checkpointing import bind, rebind, unbind
 from molora.errors import ConfigError
 from molora.frames import REST, arguments_of, run_in_frame
 from molora.install import sites_of, uninstall
-from molora.interop.peft_writer import write_peft_lora
 from molora.layers.mixture import Mixture
-from molora.model_card import model_card
 
 __all__ = ["MixtureModel", "adopt", "mixture_class"]
 

@@ -10,11 +10,11 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from molora.adapter.peft_lora import LoraAdapter
 from molora.config import MoloraConfig, Placement, per_layer
 from molora.config.site import SiteConfig
 from molora.config.strict import PerLayer
 from molora.errors import ConfigError, TargetError, nearest
-from molora.interop.peft_lora import LoraAdapter
 from molora.structure import FFNBlock, ffn_blocks
 from molora.target_parameters import Stacked, targeted_parameters
 from molora.targets import FUSED, Candidate, candidates, ends_with, fused_experts, imported, targeted

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from molora import staged
+from molora.adapter import atomic_save as staged
 from molora.errors import AdapterError
 from tests.folders import load, save, small_tensors
 

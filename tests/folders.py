@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.adapter_config import checksum
-from molora.checkpoint import load_tensors, read_adapter, write_adapter
+from molora.adapter.atomic_save import CONFIG, WEIGHTS
+from molora.adapter.config import checksum
+from molora.adapter.folder import load_tensors, read_adapter, write_adapter
+from molora.adapter.strict_json import read_object
 from molora.config import MoloraConfig
 from molora.config.site import SiteConfig
 from molora.recipes import RECIPES
-from molora.staged import CONFIG, WEIGHTS
-from molora.strict_json import read_object
 
 FINGERPRINT = {
     "base_model_name_or_path": "org/base",

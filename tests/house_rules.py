@@ -21,7 +21,7 @@ ROWS: tuple[Row, ...] = (
             "molora.errors",
             "molora.activations",
             "molora.config.strict",
-            "molora.strict_json",
+            "molora.adapter.strict_json",
             "molora.config.options",
             "molora.config",
             "molora.config.site",
@@ -32,16 +32,21 @@ ROWS: tuple[Row, ...] = (
             "molora.seeds",
         ),
     ),
-    (1, ("molora.card_section", "molora.tensor_file", "molora.staged")),
+    (1, ("molora.adapter.card_section", "molora.adapter.safetensors_file", "molora.adapter.atomic_save")),
     (1, ("molora.recipes",)),
     (1, ("molora.kernels",)),
     (2, ("molora.routers",)),
     (3, ("molora.layers", "molora.trace", "molora.structure")),
-    (4, ("molora.checkpoint", "molora.adapter_config", "molora.fingerprint")),
+    (4, ("molora.adapter.folder", "molora.adapter.config", "molora.adapter.fingerprint")),
     (
         4,
-        ("molora.interop.peft_lora", "molora.interop.peft_config", "molora.interop.bin_file", "molora.interop.names")
-        + ("molora.interop.peft_stacked", "molora.interop.peft_writer"),
+        (
+            "molora.adapter.peft_lora",
+            "molora.adapter.peft_lora_config",
+            "molora.adapter.pickle_file",
+            "molora.adapter.names",
+        )
+        + ("molora.adapter.peft_lora_stacked", "molora.adapter.peft_lora_writer"),
     ),
     (
         5,
@@ -51,7 +56,7 @@ ROWS: tuple[Row, ...] = (
     (
         6,
         ("molora.adapter_state", "molora.aux_loss", "molora.checkpointing", "molora.frames", "molora.model")
-        + ("molora.hub", "molora.model_card", "molora.parking", "molora.reshape", "molora.scaling_pass"),
+        + ("molora.adapter.hub", "molora.adapter.card", "molora.parking", "molora.reshape", "molora.scaling_pass"),
     ),
     (7, ("molora.interop", "molora.convert", "molora.load")),
     (7, ("molora.data", "molora.packing", "molora.records", "molora.sources")),

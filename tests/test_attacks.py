@@ -16,7 +16,7 @@ import pytest
 import safetensors
 
 import molora
-from molora.checkpoint import load_tensors, read_adapter
+from molora.adapter.folder import load_tensors, read_adapter
 from molora.errors import AdapterError
 from tests import attacks, behaviours, tiny
 from tests.folders import contents, forge

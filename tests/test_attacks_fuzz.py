@@ -17,10 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import molora
-from molora.checkpoint import load_tensors, read_adapter
+from molora.adapter.folder import load_tensors, read_adapter
+from molora.adapter.peft_lora import read_peft_lora
+from molora.adapter.peft_lora_writer import write_peft_lora
 from molora.errors import AdapterError
-from molora.interop.peft_lora import read_peft_lora
-from molora.interop.peft_writer import write_peft_lora
 from tests import behaviours, tiny
 from tests.folders import FINGERPRINT, contents, forge, joined, parts, save, small_config, small_sites, small_tensors
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as library_save
 
 import molora
-from molora.checkpoint import expected_tensors, load_tensors, read_adapter
+from molora.adapter.folder import expected_tensors, load_tensors, read_adapter
 from molora.config.site import SiteConfig
 from molora.errors import CheckpointError
 from tests import behaviours, tiny
@@ -201,7 +201,7 @@ def test_tensors_that_could_not_be_read_again_are_not_saved(case: str, tmp_path:
 
 def test_a_config_that_no_reader_would_take_is_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     length = len(contents(save(tmp_path))["adapter_config.json"])
-    monkeypatch.setattr("molora.staged.CONFIG_LIMIT", length - 1)
+    monkeypatch.setattr("molora.adapter.atomic_save.CONFIG_LIMIT", length - 1)
     with pytest.raises(CheckpointError, match="config takes"):
         save(tmp_path / "new")
     assert contents(tmp_path / "new") == {}

@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from molora.checkpoint import check_fingerprint, fingerprint, read_adapter
+from molora.adapter.folder import check_fingerprint, fingerprint, read_adapter
 from molora.errors import AdapterError
 from tests import behaviours, tiny
 

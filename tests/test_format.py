@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import molora
-from molora.adapter_config import FORMAT
+from molora.adapter.config import FORMAT
 from molora.errors import AdapterError
 from tests.conftest import close
 from tests.folders import contents, forge, save

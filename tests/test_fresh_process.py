@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import molora
-from molora.checkpoint import PREFIX
+from molora.adapter.folder import PREFIX
 from tests.tiny import RECIPES, base_model, batch, converted, output
 
 ROOT = Path(__file__).resolve().parent.parent

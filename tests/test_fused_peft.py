@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import molora
+from molora.adapter.names import first_match
 from molora.errors import AdapterError, ConfigError, MoloraError
-from molora.interop.names import first_match
 from tests import behaviours, tiny
 from tests.conftest import close
 from tests.support.families import base, inputs

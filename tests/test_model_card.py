@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard
 from huggingface_hub.repocard import metadata_load
 
 import molora
-from molora.card_section import OPENING, put, without
-from molora.checkpoint import read_adapter
+from molora.adapter.card_section import OPENING, put, without
+from molora.adapter.folder import read_adapter
 from molora.errors import AdapterError, ConfigError
 from molora.eval.card import routing_section, write_card
 from molora.eval.verdict import verdict

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import molora
-from molora.checkpoint import load_tensors, read_adapter
+from molora.adapter.folder import load_tensors, read_adapter
 from tests import peft_uses, tiny, zero3_uses
 from tests.conftest import close
 from tests.programs import program

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 import molora
+from molora.adapter.names import exact_pattern, first_match
+from molora.adapter.peft_lora import LoraAdapter, align, read_peft_lora
+from molora.adapter.peft_lora_writer import write_peft_lora
 from molora.errors import CheckpointError
-from molora.interop.names import exact_pattern, first_match
-from molora.interop.peft_lora import LoraAdapter, align, read_peft_lora
-from molora.interop.peft_writer import write_peft_lora
 from tests import tiny
 from tests.conftest import close
 

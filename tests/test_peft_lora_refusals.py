@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from molora.adapter.peft_lora import LoraAdapter, align, read_peft_lora
 from molora.errors import AdapterError
-from molora.interop.peft_lora import LoraAdapter, align, read_peft_lora
 
 
 def write(folder: Path, config: dict[str, Any] | None = None, tensors: dict[str, torch.Tensor] | None = None) -> Path:

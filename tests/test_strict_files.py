@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from molora.checkpoint import read_adapter
+from molora.adapter.folder import read_adapter
+from molora.adapter.safetensors_file import TensorFile
+from molora.adapter.strict_json import MAX_DEPTH, open_regular, parse_object, read_object
 from molora.errors import AdapterError
-from molora.strict_json import MAX_DEPTH, open_regular, parse_object, read_object
-from molora.tensor_file import TensorFile
 from tests import attacks, behaviours
 from tests.folders import contents, forge, joined, parts, save, small_sites, small_tensors
 

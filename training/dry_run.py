@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from molora.adapter.peft_lora import LoraAdapter
 from molora.config import MoloraConfig
 from molora.convert import aligned, put_on
 from molora.errors import ConfigError
-from molora.interop.peft_lora import LoraAdapter
 from molora.recipes import RECIPES
 from molora.records import source
 from molora.resolve import resolve

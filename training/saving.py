@@ -15,10 +15,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 from molora import processes
+from molora.adapter.atomic_save import CARD, CONFIG
+from molora.adapter.hub import tag
 from molora.errors import CheckpointError
-from molora.hub import tag
 from molora.load import restore
-from molora.staged import CARD, CONFIG
 from molora.training import checkpoints, sharded
 
 __all__ = ["WholeCheckpoints"]

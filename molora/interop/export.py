@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from molora.adapter.atomic_save import save_folder
+from molora.adapter.peft_lora import Module
+from molora.adapter.peft_lora_writer import write_peft_lora
 from molora.adapter_state import stacks_of, trained_copies
 from molora.config.strict import matches
 from molora.errors import ConfigError, nearest
 from molora.install import sites_of
-from molora.interop.peft_lora import Module
-from molora.interop.peft_writer import write_peft_lora
 from molora.interop.peft_xlora import CLASSIFIER, PEFT_TYPE
 from molora.layers.linear import MixtureLinear
 from molora.layers.mixture import HEAD, Mixture
 from molora.model import MixtureModel
 from molora.routers import HiddenRouter
-from molora.staged import save_folder
 
 __all__ = ["export_merged", "export_xlora", "mean_gates"]
 

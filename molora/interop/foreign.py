@@ -11,17 +11,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from molora.adapter.atomic_save import CONFIG, CONFIG_LIMIT
+from molora.adapter.names import renamings
+from molora.adapter.peft_lora import HEADER_LIMIT, LoraAdapter
+from molora.adapter.pickle_file import load_pickle
+from molora.adapter.safetensors_file import TensorFile
+from molora.adapter.strict_json import read_object
 from molora.config import MoloraConfig
 from molora.config.strict import matches, shown, type_name
 from molora.convert import aligned
 from molora.errors import AdapterError, ConfigError, nearest
-from molora.interop.bin_file import load_pickle
-from molora.interop.names import renamings
-from molora.interop.peft_lora import HEADER_LIMIT, LoraAdapter
-from molora.staged import CONFIG, CONFIG_LIMIT
-from molora.strict_json import read_object
 from molora.targets import candidates, ends_with
-from molora.tensor_file import TensorFile
 
 __all__ = [
     "ASKED",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from molora.adapter_config import PEFT_TYPE as OURS
+from molora.adapter.atomic_save import CONFIG, WEIGHTS
+from molora.adapter.config import PEFT_TYPE as OURS
+from molora.adapter.peft_lora import PICKLE
+from molora.adapter.peft_lora_config import refuse
 from molora.interop import meteora, mixlora, moe_peft, mola, peft_xlora, plain_lora, xlora
 from molora.interop.foreign import Importer, read_config
-from molora.interop.peft_config import refuse
-from molora.interop.peft_lora import PICKLE
-from molora.staged import CONFIG, WEIGHTS
 
 __all__ = ["IMPORTERS", "hub_files", "importer_of"]
 

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from molora.adapter.atomic_save import WEIGHTS
 from molora.errors import AdapterError, MoloraError
 from molora.extras import FAULTS, need
 from molora.seeds import generator
-from molora.staged import WEIGHTS
 
 __all__ = ["Probe", "changes", "linear_weight", "load_adapter", "model_output", "probes", "told", "wide_copy"]
 

@@ -15,14 +15,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from molora.adapter.peft_lora import HEADER_LIMIT, PREFIX, LoraAdapter, Module
+from molora.adapter.safetensors_file import TensorFile
+from molora.adapter.strict_json import open_regular
 from molora.config.strict import shown
 from molora.convert import aligned
 from molora.errors import AdapterError, ConfigError
 from molora.interop.foreign import Asked, Foreign, check_weights, in_model
-from molora.interop.peft_lora import HEADER_LIMIT, PREFIX, LoraAdapter, Module
 from molora.recipes import RECIPES
-from molora.strict_json import open_regular
-from molora.tensor_file import TensorFile
 
 __all__ = ["read", "recognises"]
 

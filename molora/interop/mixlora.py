@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from molora.adapter.atomic_save import CONFIG, WEIGHTS
+from molora.adapter.peft_lora import PICKLE
 from molora.config import MoloraConfig
 from molora.errors import AdapterError, ConfigError
 from molora.interop.foreign import Asked, Foreign, in_model, read_config, read_tensors, targets
-from molora.interop.peft_lora import PICKLE
 from molora.recipes import RECIPES
-from molora.staged import CONFIG, WEIGHTS
 
 __all__ = ["expert_count", "packed_experts", "read", "recognises", "settings", "warn_of_dora"]
 

@@ -18,13 +18,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from molora.adapter.atomic_save import CONFIG, WEIGHTS
+from molora.adapter.peft_lora import PICKLE
 from molora.config import GateConfig, MoloraConfig
 from molora.errors import AdapterError, ConfigError
 from molora.interop.foreign import Asked, Foreign, in_model, read_config, read_tensors, targets
 from molora.interop.mixlora import expert_count, packed_experts, settings, warn_of_dora
-from molora.interop.peft_lora import PICKLE
 from molora.recipes import RECIPES
-from molora.staged import CONFIG, WEIGHTS
 
 __all__ = ["read", "recognises"]
 

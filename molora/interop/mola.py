@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from molora.adapter.atomic_save import CONFIG, WEIGHTS
+from molora.adapter.peft_lora import PICKLE, PREFIX
+from molora.adapter.peft_lora_config import PEFT_TYPE
 from molora.config.strict import PerLayer
 from molora.errors import AdapterError, ConfigError
 from molora.interop.foreign import Asked, Foreign, in_model, read_config, read_tensors, targets
-from molora.interop.peft_config import PEFT_TYPE
-from molora.interop.peft_lora import PICKLE, PREFIX
 from molora.recipes import RECIPES
-from molora.staged import CONFIG, WEIGHTS
 from molora.targets import candidates, ends_with
 
 __all__ = ["read", "recognises"]

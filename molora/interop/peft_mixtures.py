@@ -10,8 +10,8 @@ from typing import Any, cast
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from molora.adapter.folder import PREFIX
 from molora.build import Built, build
-from molora.checkpoint import PREFIX
 from molora.convert import convert, on_cpu
 from molora.errors import AdapterError, ConfigError
 from molora.fitting import wrappers_for

@@ -12,14 +12,14 @@ from typing import Any, BinaryIO
 
 from peft import PeftConfig
 
-from molora.adapter_config import NAME, PEFT_TYPE, AdapterConfig, checked, disagreements, expected_tensors
-from molora.checkpoint import PREFIX, Described, describe
+from molora.adapter.atomic_save import CONFIG, WEIGHTS
+from molora.adapter.config import NAME, PEFT_TYPE, AdapterConfig, checked, disagreements, expected_tensors
+from molora.adapter.folder import PREFIX, Described, describe
+from molora.adapter.safetensors_file import TensorFile, write_tensors
 from molora.config import MoloraConfig
 from molora.convert import config_of
 from molora.errors import CheckpointError, ConfigError
 from molora.layers.mixture import Mixture
-from molora.staged import CONFIG, WEIGHTS
-from molora.tensor_file import TensorFile, write_tensors
 
 __all__ = ["MixtureConfig", "MixtureType", "make_config"]
 
@@ -37,7 +37,7 @@ class MixtureConfig(PeftConfig):
     """``PeftConfig`` of a mixture. Made by :func:`molora.peft_config`, or by PEFT from a molora folder's config.
 
     ``config`` is the method's; the entries after ``seed`` are those of a file, see
-    :class:`molora.adapter_config.AdapterConfig`. ``mixture``: what was made of it, when it is on a model.
+    :class:`molora.adapter.config.AdapterConfig`. ``mixture``: what was made of it, when it is on a model.
     """
 
     config: Any = None

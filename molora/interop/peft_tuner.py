@@ -14,7 +14,7 @@ from peft import mapping
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from molora.checkpoint import PREFIX
+from molora.adapter.folder import PREFIX
 from molora.errors import ConfigError
 from molora.interop.peft_mixtures import NamedMixtures
 from molora.interop.peft_names import PLACE

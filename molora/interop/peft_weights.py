@@ -7,11 +7,11 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from molora.adapter.folder import PREFIX, check_tensors
+from molora.adapter.safetensors_file import write_tensors
 from molora.adapter_state import saved_tensors
-from molora.checkpoint import PREFIX, check_tensors
 from molora.errors import AdapterError, CheckpointError
 from molora.layers.mixture import HEAD, Mixture
-from molora.tensor_file import write_tensors
 
 __all__ = ["digest", "keys_of", "to_load", "to_save", "trained"]
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from torch import nn
 
+from molora.adapter.atomic_save import CONFIG, WEIGHTS
+from molora.adapter.peft_lora import PICKLE
 from molora.errors import AdapterError
 from molora.interop.foreign import Asked, Foreign, experts, read_config, read_tensors
-from molora.interop.peft_lora import PICKLE
 from molora.interop.xlora_parts import assemble, given_adapters, linears
-from molora.staged import CONFIG, WEIGHTS
 
 __all__ = ["CLASSIFIER", "PEFT_TYPE", "read", "recognises"]
 

@@ -16,19 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from molora.adapter.atomic_save import CONFIG, CONFIG_LIMIT, WEIGHTS
+from molora.adapter.peft_lora import HEADER_LIMIT, PREFIX
+from molora.adapter.peft_lora_config import PEFT_TYPE, check_start
+from molora.adapter.peft_lora_writer import write_peft_lora
+from molora.adapter.safetensors_file import TensorFile
+from molora.adapter.strict_json import read_object
 from molora.config.strict import shown
 from molora.errors import AdapterError, ConfigError
 from molora.extras import FAULTS
 from molora.interop.conversion_report import ConversionReport, ModuleError
 from molora.interop.merged import Probe, changes, linear_weight, load_adapter, model_output, probes, told, wide_copy
-from molora.interop.peft_config import PEFT_TYPE, check_start
-from molora.interop.peft_lora import HEADER_LIMIT, PREFIX
-from molora.interop.peft_writer import write_peft_lora
 from molora.model import MixtureModel
-from molora.staged import CONFIG, CONFIG_LIMIT, WEIGHTS
-from molora.strict_json import read_object
 from molora.targets import candidates
-from molora.tensor_file import TensorFile
 
 __all__ = ["to_lora"]
 

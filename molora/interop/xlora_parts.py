@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
+from molora.adapter.peft_lora import LoraAdapter
 from molora.errors import AdapterError, ConfigError
 from molora.interop.foreign import Asked, Foreign
-from molora.interop.peft_lora import LoraAdapter
 from molora.layers.mixture import HEAD
 from molora.recipes import RECIPES
 

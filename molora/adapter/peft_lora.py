@@ -10,14 +10,14 @@ from typing import Any
 
 from torch import Tensor
 
+from molora.adapter.atomic_save import CONFIG, CONFIG_LIMIT, WEIGHTS
+from molora.adapter.names import renamings
+from molora.adapter.peft_lora_config import refuse, saved_names, scale, targeted_parameter
+from molora.adapter.peft_lora_stacked import module_of, parted, stacked_names
+from molora.adapter.pickle_file import load_pickle
+from molora.adapter.safetensors_file import TensorFile
+from molora.adapter.strict_json import read_object
 from molora.errors import AdapterError, nearest
-from molora.interop.bin_file import load_pickle
-from molora.interop.names import renamings
-from molora.interop.peft_config import refuse, saved_names, scale, targeted_parameter
-from molora.interop.peft_stacked import module_of, parted, stacked_names
-from molora.staged import CONFIG, CONFIG_LIMIT, WEIGHTS
-from molora.strict_json import read_object
-from molora.tensor_file import TensorFile
 
 __all__ = ["PREFIX", "LoraAdapter", "align", "read_peft_lora", "renaming"]
 
@@ -42,8 +42,8 @@ class LoraAdapter:
     names in the base, and ``saved_names`` the config's names for them. ``parameters``: modules that PEFT reached as
     parameters; there it takes the weight as it is stored. ``fused``: LoRAs of stacked experts by the parameter's path,
     A (E r, in) and B (out, E r) expert after expert; ``stacks``: what the file has of them, until the model says whose
-    they are (:func:`molora.interop.peft_stacked.placed`). ``bases``: frozen tensors of adapted modules, by module and
-    name; PEFT writes those of an output layer that is adapted, and puts them back when it loads.
+    they are (:func:`molora.adapter.peft_lora_stacked.placed`). ``bases``: frozen tensors of adapted modules, by module
+    and name; PEFT writes those of an output layer that is adapted, and puts them back when it loads.
     """
 
     folder: str

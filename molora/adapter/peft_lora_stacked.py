@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from molora.adapter.peft_lora_config import WEIGHT, named_parameters, rank, scale
 from molora.errors import AdapterError
-from molora.interop.peft_config import WEIGHT, named_parameters, rank, scale
 
 __all__ = ["expert_fastest", "expert_slowest", "file_paths", "module_of", "parted", "placed", "stacked_names"]
 __all__ += ["to_file"]

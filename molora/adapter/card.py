@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from molora.adapter_config import NAME
+from molora.adapter.config import NAME
 from molora.config import MoloraConfig
 from molora.layers.mixture import Mixture
 

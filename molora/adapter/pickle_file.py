@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from molora.adapter.safetensors_file import DTYPES
+from molora.adapter.strict_json import open_regular
 from molora.errors import AdapterError
-from molora.strict_json import open_regular
-from molora.tensor_file import DTYPES
 
 __all__ = ["load_pickle"]
 

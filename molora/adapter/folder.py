@@ -17,7 +17,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from molora.adapter_config import (
+from molora.adapter.atomic_save import CONFIG, CONFIG_LIMIT, NEXT, WEIGHTS, save_folder, signature
+from molora.adapter.config import (
     FORMAT,
     NAME,
     PEFT_TYPE,
@@ -27,13 +28,12 @@ from molora.adapter_config import (
     disagreements,
     expected_tensors,
 )
+from molora.adapter.fingerprint import fingerprint
+from molora.adapter.safetensors_file import TensorFile
+from molora.adapter.strict_json import read_object
 from molora.config import MoloraConfig
 from molora.config.site import SiteConfig
 from molora.errors import AdapterError, CheckpointError
-from molora.fingerprint import fingerprint
-from molora.staged import CONFIG, CONFIG_LIMIT, NEXT, WEIGHTS, save_folder, signature
-from molora.strict_json import read_object
-from molora.tensor_file import TensorFile
 
 __all__ = [
     "Adapter",

@@ -18,10 +18,10 @@ from typing import BinaryIO
 
 from torch import Tensor
 
-from molora.card_section import after_save
+from molora.adapter.card_section import after_save
+from molora.adapter.safetensors_file import TensorFile, write_tensors
+from molora.adapter.strict_json import open_regular, read_object
 from molora.errors import AdapterError, CheckpointError
-from molora.strict_json import open_regular, read_object
-from molora.tensor_file import TensorFile, write_tensors
 
 __all__ = ["CARD", "CONFIG", "CONFIG_LIMIT", "NEXT", "WEIGHTS", "edit_card", "save_folder", "signature"]
 

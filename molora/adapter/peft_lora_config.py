@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from molora.adapter.names import first_match
 from molora.errors import AdapterError
-from molora.interop.names import first_match
 
 __all__ = [
     "PEFT_TYPE",

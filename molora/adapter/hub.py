@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from molora.adapter.atomic_save import CARD, CONFIG, WEIGHTS
 from molora.errors import AdapterError, ConfigError
-from molora.staged import CARD, CONFIG, WEIGHTS
 
 __all__ = ["OPTIONS", "local_folder", "push", "tag", "upload"]
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from molora.adapter.atomic_save import save_folder
+from molora.adapter.names import exact_pattern
+from molora.adapter.peft_lora import PREFIX, Module
+from molora.adapter.peft_lora_config import PEFT_TYPE
+from molora.adapter.peft_lora_stacked import to_file
 from molora.errors import CheckpointError
-from molora.interop.names import exact_pattern
-from molora.interop.peft_config import PEFT_TYPE
-from molora.interop.peft_lora import PREFIX, Module
-from molora.interop.peft_stacked import to_file
-from molora.staged import save_folder
 
 __all__ = ["write_peft_lora"]
 

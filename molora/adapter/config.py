@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from molora.adapter.fingerprint import fingerprint_faults
 from molora.config import MoloraConfig, Placement
 from molora.config.site import SiteConfig
 from molora.config.strict import PerLayer, Strict
 from molora.errors import AdapterError, ConfigError
-from molora.fingerprint import fingerprint_faults
 from molora.kernels.dispatch import KERNELS
 from molora.routers import BALANCES, ROUTERS, BiasedRouter
 

@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from molora.adapter.strict_json import open_regular, parse_object
 from molora.errors import AdapterError, CheckpointError
-from molora.strict_json import open_regular, parse_object
 
 __all__ = ["DTYPES", "Entry", "TensorFile", "write_tensors"]
 

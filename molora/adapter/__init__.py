@@ -1,0 +1,1 @@
+"""Adapter folders: ours and PEFT's LoRA, read strictly and written safely."""
