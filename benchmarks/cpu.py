@@ -24,7 +24,7 @@ from rich.table import Table
 from benchmarks import subjects
 from benchmarks.memory import peak_mib
 from benchmarks.timing import ROOT, interleaved, keep_freed_memory, machine, ratio
-from molora.install import sites_of
+from molora.surgery.install import sites_of
 
 EXPERTS = (4, 8, 16, 32, 64)
 

@@ -18,7 +18,7 @@ from torch import nn
 
 import molora
 from molora.adapter.peft_lora_writer import write_peft_lora
-from molora.targets import candidates
+from molora.surgery.targets import candidates
 from molora.training.demo_model import model_folder
 
 ROWS, TOKENS = 2, 128

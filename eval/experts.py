@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from molora.errors import ConfigError
 from molora.eval.document import plain
-from molora.install import sites_of
 from molora.layers.linear import MixtureLinear
 from molora.model import MixtureModel
+from molora.surgery.install import sites_of
 
 __all__ = ["expert_report", "inner_products", "intruders", "output_similarity", "weight_similarity"]
 

@@ -21,7 +21,7 @@ from molora.eval.edits import GATES, Edit
 from molora.eval.figures import site_labels
 from molora.eval.specialisation import lift
 from molora.eval.stats import SiteInfo
-from molora.install import sites_of
+from molora.surgery.install import sites_of
 
 __all__ = ["EACH", "MOST", "Intervention", "check_each", "favourites", "gates", "lesions", "names_of", "silenced"]
 

@@ -14,8 +14,8 @@ from molora.errors import ConfigError
 from molora.eval.inputs import ENCODER, continues, digest_of, main_input, streams
 from molora.eval.stats import BYTES, RoutingStats, Sample, SiteInfo
 from molora.eval.tally import Tally, exact, pair_counts, parts, tally
-from molora.install import sites_of
 from molora.routing import Routing
+from molora.surgery.install import sites_of
 
 __all__ = ["RoutingRecorder", "routed_sites"]
 

@@ -14,7 +14,7 @@ from molora import context
 from molora.errors import ConfigError
 from molora.eval.inputs import ENCODER, main_input
 from molora.eval.recorder import RoutingRecorder
-from molora.frames import arguments_of
+from molora.forward.frame import arguments_of
 from molora.model import MixtureModel
 
 __all__ = ["collect_routing"]

@@ -13,15 +13,15 @@ from torch import nn
 from molora import processes
 from molora.adapter.folder import load_tensors, read_adapter
 from molora.adapter.hub import local_folder
-from molora.adapter_state import saved_tensors
-from molora.build import build
-from molora.convert import on_cpu
 from molora.errors import AdapterError, ConfigError, TargetError
-from molora.fitting import fill, led, wrappers_for
-from molora.install import install
 from molora.interop.foreign import ASKED, Asked, Importer, named_base, packed
 from molora.model import MixtureModel, adopt
-from molora.resolve import resolve
+from molora.surgery.build import build
+from molora.surgery.fill import fill, led, wrappers_for
+from molora.surgery.install import install
+from molora.surgery.ready_made import on_cpu
+from molora.surgery.resolve import resolve
+from molora.surgery.state import saved_tensors
 
 __all__ = ["from_pretrained", "load", "restore"]
 

@@ -12,12 +12,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from molora import context, reshape
+from molora import context
 from molora.adapter import hub
 from molora.adapter.card import model_card
 from molora.adapter.folder import fingerprint, write_adapter
 from molora.adapter.peft_lora_writer import write_peft_lora
-from molora.adapter_state import (
+from molora.errors import ConfigError
+from molora.forward.frame import REST, arguments_of, run_in_frame
+from molora.forward.recompute import bind, rebind, unbind
+from molora.layers.mixture import Mixture
+from molora.surgery import reshape
+from molora.surgery.install import sites_of, uninstall
+from molora.surgery.state import (
     expert_modules,
     keep_trained,
     merge_expert,
@@ -26,11 +32,6 @@ from molora.adapter_state import (
     stacks_of,
     trained_copies,
 )
-from molora.checkpointing import bind, rebind, unbind
-from molora.errors import ConfigError
-from molora.frames import REST, arguments_of, run_in_frame
-from molora.install import sites_of, uninstall
-from molora.layers.mixture import Mixture
 
 __all__ = ["MixtureModel", "adopt", "mixture_class"]
 

@@ -10,15 +10,15 @@ from typing import Any, cast
 
 from torch import nn
 
-from molora.build import Built
-from molora.checkpointing import unbind
 from molora.errors import ConfigError
-from molora.install import install, uninstall, wrappers_of
+from molora.forward.recompute import unbind
 from molora.layers.ffn import FFNRows
 from molora.layers.mixture import HEAD, Mixture
 from molora.layers.saved import SavedModule
 from molora.layers.stacked import FusedExperts
 from molora.model import MixtureModel, adopt
+from molora.surgery.build import Built
+from molora.surgery.install import install, uninstall, wrappers_of
 
 __all__ = ["Parked", "park", "unpark"]
 

@@ -36,7 +36,7 @@ ROWS: tuple[Row, ...] = (
     (1, ("molora.recipes",)),
     (1, ("molora.kernels",)),
     (2, ("molora.routers",)),
-    (3, ("molora.layers", "molora.trace", "molora.structure")),
+    (3, ("molora.layers", "molora.surgery.trace", "molora.surgery.blocks")),
     (4, ("molora.adapter.folder", "molora.adapter.config", "molora.adapter.fingerprint")),
     (
         4,
@@ -50,13 +50,31 @@ ROWS: tuple[Row, ...] = (
     ),
     (
         5,
-        ("molora.targets", "molora.target_parameters", "molora.resolve", "molora.build", "molora.fitting")
-        + ("molora.install",),
+        (
+            "molora.surgery.targets",
+            "molora.surgery.target_parameters",
+            "molora.surgery.resolve",
+            "molora.surgery.build",
+            "molora.surgery.fill",
+        )
+        + ("molora.surgery.install",),
     ),
     (
         6,
-        ("molora.adapter_state", "molora.aux_loss", "molora.checkpointing", "molora.frames", "molora.model")
-        + ("molora.adapter.hub", "molora.adapter.card", "molora.parking", "molora.reshape", "molora.scaling_pass"),
+        (
+            "molora.surgery.state",
+            "molora.forward.aux_loss",
+            "molora.forward.recompute",
+            "molora.forward.frame",
+            "molora.model",
+        )
+        + (
+            "molora.adapter.hub",
+            "molora.adapter.card",
+            "molora.parking",
+            "molora.surgery.reshape",
+            "molora.forward.scaling_pass",
+        ),
     ),
     (7, ("molora.interop", "molora.convert", "molora.load")),
     (7, ("molora.data", "molora.packing", "molora.records", "molora.sources")),

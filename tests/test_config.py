@@ -16,12 +16,12 @@ import torch
 from hypothesis import HealthCheck, event, given, settings
 
 import molora
-from molora import resolve
 from molora.config import BalanceConfig, GateConfig, MoloraConfig, Placement, RouterConfig, per_layer
 from molora.config.site import SiteConfig
 from molora.errors import ConfigError, MoloraError
 from molora.recipes import RECIPES
-from molora.trace import trace
+from molora.surgery import resolve
+from molora.surgery.trace import trace
 from tests.strategies import configs, junk, neighbours
 from tests.tiny import adapters, base_model, batch, options
 

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 import molora
-from molora import build as making
-from molora import install as surgery
 from molora import model as gains
 from molora.errors import AdapterError
 from molora.layers.banks.plain import ExpertBank
 from molora.layers.linear import MixtureLinear
+from molora.surgery import build as making
+from molora.surgery import install as surgery
 from tests import behaviours, tiny
 from tests.behaviours import each_recipe, matrix
 from tests.conftest import close

@@ -12,7 +12,7 @@ import yaml
 from torch.nn import functional
 
 import molora
-import molora.frames
+import molora.forward.frame
 from molora.errors import ConfigError
 from molora.training import train as job
 from molora.training.arguments import DataArguments, read_arguments
@@ -53,13 +53,13 @@ def run_file(path: Path, folder: Path, **more: Any) -> Path:
 def given(monkeypatch: pytest.MonkeyPatch) -> list[tuple[dict[str, Any], torch.Tensor | None]]:
     """Arguments and task ids of every forward of a mixture."""
     calls: list[tuple[dict[str, Any], torch.Tensor | None]] = []
-    real = molora.frames.open_frame
+    real = molora.forward.frame.open_frame
 
     def note(model: Any, mixture: Any, arguments: dict[str, Any], task_ids: torch.Tensor | None) -> Any:
         calls.append((arguments, task_ids))
         return real(model, mixture, arguments, task_ids)
 
-    monkeypatch.setattr(molora.frames, "open_frame", note)
+    monkeypatch.setattr(molora.forward.frame, "open_frame", note)
     return calls
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import molora
 from molora.errors import ConfigError
-from molora.interop.eva import init_eva
+from molora.initialisers.eva import init_eva
 from tests import tiny
 from tests.conftest import close
 from tests.test_initialisers import TARGETS, banks, batches, peft, peft_lora

@@ -10,9 +10,9 @@ import torch
 
 import molora
 from molora.errors import ConfigError
-from molora.install import sites_of
 from molora.layers.linear import MixtureLinear
 from molora.layers.mixture import HEAD
+from molora.surgery.install import sites_of
 from tests import behaviours, tiny
 from tests.conftest import close
 

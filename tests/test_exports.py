@@ -13,8 +13,8 @@ import torch
 import molora
 from molora.adapter.peft_lora import read_peft_lora
 from molora.errors import ConfigError
-from molora.install import sites_of
 from molora.interop.export import export_merged, mean_gates
+from molora.surgery.install import sites_of
 from tests.conftest import close
 from tests.test_peft_lora import loaded_by_peft
 from tests.tiny import adapters, arm, base_model, batch, converted, options, output

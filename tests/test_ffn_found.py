@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import molora
 from molora.errors import TargetError
-from molora.structure import ffn_blocks
-from molora.trace import trace
+from molora.surgery.blocks import ffn_blocks
+from molora.surgery.trace import trace
 from tests.tiny import BUILDERS, MORE, base_model
 
 GATED = (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")

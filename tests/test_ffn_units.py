@@ -11,8 +11,8 @@ from torch import nn
 
 import molora
 from molora.layers.linear import MixtureLinear
-from molora.structure import ffn_blocks
-from molora.trace import trace
+from molora.surgery.blocks import ffn_blocks
+from molora.surgery.trace import trace
 from tests.test_ffn_found import EXPECTED
 from tests.tiny import base_model, converted
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import molora
-from molora.install import sites_of
+from molora.surgery.install import sites_of
 from tests.foreign_cases import FORMATS
 from tests.tiny import base_model, batch, output
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 import molora
 from molora.errors import MoloraError
-from molora.install import sites_of
 from molora.layers.stacked import FusedParameter
+from molora.surgery.install import sites_of
 from tests import behaviours, tiny
 from tests.conftest import close
 from tests.support.families import base, inputs

@@ -189,7 +189,7 @@ def test_the_patterns_that_peft_writes_itself(path: str) -> None:
 
 
 def test_starts_from_data_and_from_the_base_are_for_linears() -> None:
-    from molora.interop.eva import init_eva
+    from molora.initialisers.eva import init_eva
 
     model = molora.convert(base("mixtral"), "lora", r=4, target_parameters=BOTH)
     with pytest.raises(ConfigError, match="gate_up_proj is no linear with an input that PEFT could look at"):

@@ -16,7 +16,7 @@ import molora
 from molora.config import MoloraConfig
 from molora.config.placements import FROM_THE_BASE, STARTS
 from molora.errors import ConfigError
-from molora.interop.initialisers import STARTED_BY_PEFT, dealt
+from molora.initialisers.from_weight import STARTED_BY_PEFT, dealt
 from molora.layers.linear import MixtureLinear
 from molora.seeds import generator
 from tests import tiny
@@ -170,10 +170,13 @@ def test_a_start_survives_saving_and_needs_no_peft_to_load(start: str, tmp_path:
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "pissa by no number of steps": (lambda: {"init_lora_weights": "pissa_niter_many"}, "expected one of .*_niter_"),
-    "corda": (lambda: {"init_lora_weights": "corda"}, "convert with True, then call molora.interop.corda.init_corda"),
-    "lora_ga": (lambda: {"init_lora_weights": "lora_ga"}, "then call molora.interop.lora_ga.init_lora_ga"),
+    "corda": (
+        lambda: {"init_lora_weights": "corda"},
+        "convert with True, then call molora.initialisers.corda.init_corda",
+    ),
+    "lora_ga": (lambda: {"init_lora_weights": "lora_ga"}, "then call molora.initialisers.lora_ga.init_lora_ga"),
     "loftq": (lambda: {"init_lora_weights": "loftq"}, "load the base quantised"),
-    "eva": (lambda: {"init_lora_weights": "eva"}, "convert with True, then call molora.interop.eva.init_eva"),
+    "eva": (lambda: {"init_lora_weights": "eva"}, "convert with True, then call molora.initialisers.eva.init_eva"),
     "unknown": (lambda: {"init_lora_weights": "orthogonl"}, "expected one of .*did you mean 'orthogonal'"),
     "odd ranks": (lambda: {"init_lora_weights": "orthogonal", "r": (2, 3)}, r"r=\(2, 3\), expected even ranks"),
     "odd by name": (

@@ -7,8 +7,8 @@ import torch
 
 from molora.eval.lesions import favourites, silenced
 from molora.eval.recorder import routed_sites
-from molora.install import sites_of
 from molora.layers.linear import MixtureLinear
+from molora.surgery.install import sites_of
 from tests import behaviours, tiny
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import molora
 from molora.errors import CheckpointError, ConfigError
-from molora.install import sites_of
+from molora.surgery.install import sites_of
 from tests import behaviours, tiny, zero3_uses
 
 INPUTS = tiny.batch("llama")

@@ -14,7 +14,7 @@ from peft.utils.hotswap import hotswap_adapter
 
 import molora
 from molora.errors import ConfigError
-from molora.install import sites_of
+from molora.surgery.install import sites_of
 from tests import behaviours, tiny
 from tests.conftest import close
 

@@ -16,7 +16,7 @@ from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel, get_peft_mo
 
 import molora
 from molora.errors import AdapterError, CheckpointError, ConfigError
-from molora.install import sites_of
+from molora.surgery.install import sites_of
 from tests import behaviours, tiny, zero3_uses
 from tests.training_runs import SETTINGS, data
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import molora
 from molora.errors import ConfigError
-from molora.install import sites_of
-from molora.interop.corda import init_corda
-from molora.interop.eva import init_eva
-from molora.interop.lora_ga import init_lora_ga
+from molora.initialisers.corda import init_corda
+from molora.initialisers.eva import init_eva
+from molora.initialisers.lora_ga import init_lora_ga
 from molora.seeds import generator
+from molora.surgery.install import sites_of
 from tests import tiny
 from tests.conftest import close
 from tests.support.quantised import quantise

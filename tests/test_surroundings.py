@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import molora
 from molora.errors import TargetError
-from molora.install import sites_of
+from molora.surgery.install import sites_of
 from tests import tiny
 
 INPUTS = tiny.batch("llama")

@@ -17,8 +17,8 @@ from torch import nn
 
 import molora
 from molora.errors import ConfigError
-from molora.install import sites_of
 from molora.routers import LinearRouter
+from molora.surgery.install import sites_of
 from molora.training import Trainer
 from molora.training.finite import NonFiniteError
 from molora.training.meter import SiteLoad, warnings_of

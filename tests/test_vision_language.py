@@ -12,7 +12,7 @@ import transformers as tf
 
 import molora
 from molora.errors import TargetError
-from molora.install import sites_of
+from molora.surgery.install import sites_of
 from tests.tiny import GQA, IMPORTING, SMALL, VISION, arm
 
 IMAGE = 60

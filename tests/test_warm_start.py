@@ -9,7 +9,7 @@ import torch
 
 import molora
 from molora.errors import AdapterError, ConfigError
-from molora.install import sites_of
+from molora.surgery.install import sites_of
 from tests.conftest import close
 from tests.tiny import base_model, batch, converted, options, output, write_adapter
 

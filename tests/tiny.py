@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import molora
 from molora.recipes import RECIPES
-from molora.targets import candidates
+from molora.surgery.targets import candidates
 
 SHARED = {
     "hidden_size": 32,

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from torch import nn
 
 from molora.config.site import SiteConfig
-from molora.install import sites_of
 from molora.layers.banks.plain import ExpertBank
 from molora.layers.linear import MixtureLinear
 from molora.layers.mixture import HEAD
 from molora.layers.routed import RoutedModule
 from molora.layers.saved import SavedModule
-from molora.targets import layer_of
+from molora.surgery.install import sites_of
+from molora.surgery.targets import layer_of
 from molora.training.costs import Activations, Weights
 
 __all__ = ["Kind", "SiteGroup", "activation_widths", "dispatched", "kinds_of", "site_groups", "weights_of"]

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 
 from molora.adapter.peft_lora import LoraAdapter
 from molora.config import MoloraConfig
-from molora.convert import aligned, put_on
+from molora.convert import put_on
 from molora.errors import ConfigError
 from molora.recipes import RECIPES
 from molora.records import source
-from molora.resolve import resolve
 from molora.sources import HUB
+from molora.surgery.ready_made import aligned
+from molora.surgery.resolve import resolve
 from molora.training.arguments import Arguments, DataArguments
 from molora.training.demo_data import BUILTIN_DOMAINS, domain_records
 from molora.training.demo_model import BUILTIN

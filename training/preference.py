@@ -12,9 +12,9 @@ import torch
 import trl
 
 from molora import context
-from molora.aux_loss import balance_loss
 from molora.errors import ConfigError
-from molora.frames import run_in_frame
+from molora.forward.aux_loss import balance_loss
+from molora.forward.frame import run_in_frame
 
 __all__ = ["DPOTrainer", "GRPOTrainer"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from molora import processes
-from molora.adapter_state import saved_tensors
+from molora.surgery.state import saved_tensors
 
 __all__ = ["adapter_state", "load_engine", "save_engine", "stage"]
 

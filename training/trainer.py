@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from molora import context, processes
 from molora.errors import ConfigError
-from molora.install import sites_of
 from molora.layers.mixture import HEAD
 from molora.model import MixtureModel
 from molora.routers import update_biases
+from molora.surgery.install import sites_of
 from molora.training.finite import NonFiniteError, first_nonfinite, nonfinite_gradient
 from molora.training.interrupt import SaveOnInterrupt
 from molora.training.meter import RoutingMeter, warnings_of

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from molora.adapter.atomic_save import save_folder
 from molora.adapter.peft_lora import Module
 from molora.adapter.peft_lora_writer import write_peft_lora
-from molora.adapter_state import stacks_of, trained_copies
 from molora.config.strict import matches
 from molora.errors import ConfigError, nearest
-from molora.install import sites_of
 from molora.interop.peft_xlora import CLASSIFIER, PEFT_TYPE
 from molora.layers.linear import MixtureLinear
 from molora.layers.mixture import HEAD, Mixture
 from molora.model import MixtureModel
 from molora.routers import HiddenRouter
+from molora.surgery.install import sites_of
+from molora.surgery.state import stacks_of, trained_copies
 
 __all__ = ["export_merged", "export_xlora", "mean_gates"]
 

@@ -19,9 +19,9 @@ from molora.adapter.safetensors_file import TensorFile
 from molora.adapter.strict_json import read_object
 from molora.config import MoloraConfig
 from molora.config.strict import matches, shown, type_name
-from molora.convert import aligned
 from molora.errors import AdapterError, ConfigError, nearest
-from molora.targets import candidates, ends_with
+from molora.surgery.ready_made import aligned
+from molora.surgery.targets import candidates, ends_with
 
 __all__ = [
     "ASKED",

@@ -19,10 +19,10 @@ from molora.adapter.peft_lora import HEADER_LIMIT, PREFIX, LoraAdapter, Module
 from molora.adapter.safetensors_file import TensorFile
 from molora.adapter.strict_json import open_regular
 from molora.config.strict import shown
-from molora.convert import aligned
 from molora.errors import AdapterError, ConfigError
 from molora.interop.foreign import Asked, Foreign, check_weights, in_model
 from molora.recipes import RECIPES
+from molora.surgery.ready_made import aligned
 
 __all__ = ["read", "recognises"]
 

@@ -21,7 +21,7 @@ from molora.config.strict import PerLayer
 from molora.errors import AdapterError, ConfigError
 from molora.interop.foreign import Asked, Foreign, in_model, read_config, read_tensors, targets
 from molora.recipes import RECIPES
-from molora.targets import candidates, ends_with
+from molora.surgery.targets import candidates, ends_with
 
 __all__ = ["read", "recognises"]
 

@@ -11,17 +11,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from molora.adapter.folder import PREFIX
-from molora.build import Built, build
-from molora.convert import convert, on_cpu
+from molora.convert import convert
 from molora.errors import AdapterError, ConfigError
-from molora.fitting import wrappers_for
-from molora.install import install
 from molora.interop.peft_names import PLACE, UNLOAD, check_base, check_name
 from molora.interop.peft_settings import MixtureConfig
 from molora.interop.peft_weights import digest, keys_of, trained
 from molora.layers.mixture import HEAD, Mixture
 from molora.model import MixtureModel, adopt
 from molora.parking import Parked, park, unpark
+from molora.surgery.build import Built, build
+from molora.surgery.fill import wrappers_for
+from molora.surgery.install import install
+from molora.surgery.ready_made import on_cpu
 
 __all__ = ["NamedMixtures"]
 

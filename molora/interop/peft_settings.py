@@ -17,9 +17,9 @@ from molora.adapter.config import NAME, PEFT_TYPE, AdapterConfig, checked, disag
 from molora.adapter.folder import PREFIX, Described, describe
 from molora.adapter.safetensors_file import TensorFile, write_tensors
 from molora.config import MoloraConfig
-from molora.convert import config_of
 from molora.errors import CheckpointError, ConfigError
 from molora.layers.mixture import Mixture
+from molora.recipes import config_of
 
 __all__ = ["MixtureConfig", "MixtureType", "make_config"]
 

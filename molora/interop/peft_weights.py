@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from molora.adapter.folder import PREFIX, check_tensors
 from molora.adapter.safetensors_file import write_tensors
-from molora.adapter_state import saved_tensors
 from molora.errors import AdapterError, CheckpointError
 from molora.layers.mixture import HEAD, Mixture
+from molora.surgery.state import saved_tensors
 
 __all__ = ["digest", "keys_of", "to_load", "to_save", "trained"]
 

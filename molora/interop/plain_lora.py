@@ -13,10 +13,10 @@ from molora.adapter.atomic_save import CONFIG
 from molora.adapter.peft_lora import LoraAdapter
 from molora.adapter.peft_lora_config import PEFT_TYPE
 from molora.config import MoloraConfig, Placement, RouterConfig
-from molora.convert import aligned
 from molora.errors import AdapterError, ConfigError, nearest
 from molora.interop.foreign import Asked, Foreign, read_config
-from molora.targets import ends_with
+from molora.surgery.ready_made import aligned
+from molora.surgery.targets import ends_with
 
 __all__ = ["read", "recognises"]
 

@@ -28,7 +28,7 @@ from molora.extras import FAULTS
 from molora.interop.conversion_report import ConversionReport, ModuleError
 from molora.interop.merged import Probe, changes, linear_weight, load_adapter, model_output, probes, told, wide_copy
 from molora.model import MixtureModel
-from molora.targets import candidates
+from molora.surgery.targets import candidates
 
 __all__ = ["to_lora"]
 

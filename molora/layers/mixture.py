@@ -8,7 +8,7 @@ from torch import nn
 
 from molora.config import MoloraConfig, SiteConfig
 
-__all__ = ["HEAD", "Mixture", "Owner"]
+__all__ = ["HEAD", "Mixture", "Owner", "mixture_of"]
 
 HEAD = "molora_router"  # attribute of the model that holds a model-wide router
 
@@ -29,3 +29,9 @@ class Mixture:
     base_class: type[nn.Module]
     trainable: tuple[str, ...]
     fingerprint: dict[str, object] = field(default_factory=dict)
+
+
+def mixture_of(model: nn.Module) -> Mixture | None:
+    """The mixture in force on a converted model; None for a plain one."""
+    found = getattr(model, "_molora", None)
+    return found if isinstance(found, Mixture) else None

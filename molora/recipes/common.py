@@ -38,7 +38,7 @@ class Common:
     and OLoRA leave the base as it is: each expert takes its own start back, ``g s (B A - B0 A0) x``, by as many frozen
     ranks again, so it costs twice the ranks and one expert alone is PEFT's (with ``lora_dropout`` what is taken back is
     dropped out, too). All but ``True``, ``False`` and ``"gaussian"`` are PEFT's code (extra ``peft``). EVA, LoRA-GA and
-    CorDA take data: ``init_eva``, ``init_lora_ga`` and ``init_corda`` of ``molora.interop.eva``, ``.lora_ga`` and
+    CorDA take data: ``init_eva``, ``init_lora_ga`` and ``init_corda`` of ``molora.initialisers.eva``, ``.lora_ga`` and
     ``.corda``, after ``convert``. LoftQ needs another base and is refused.
     """
 

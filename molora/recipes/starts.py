@@ -22,9 +22,9 @@ KNOWN = (
 )
 DATA = "it starts from data, which no option holds: convert with True, then call "
 REASONS = {
-    "corda": DATA + "molora.interop.corda.init_corda(model, dataloader)",
-    "lora_ga": DATA + "molora.interop.lora_ga.init_lora_ga(model, dataloader)",
-    "eva": DATA + "molora.interop.eva.init_eva(model, dataloader)",
+    "corda": DATA + "molora.initialisers.corda.init_corda(model, dataloader)",
+    "lora_ga": DATA + "molora.initialisers.lora_ga.init_lora_ga(model, dataloader)",
+    "eva": DATA + "molora.initialisers.eva.init_eva(model, dataloader)",
     "loftq": "it replaces the base weight by a quantised one and starts from what that lost; load the base quantised, "
     "and convert it with True",
 }

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from molora.config.strict import shown
 from molora.errors import AdapterError, ConfigError, nearest
-from molora.install import sites_of, wrappers_of
 from molora.layers.linear import MixtureLinear
 from molora.layers.mixture import HEAD
 from molora.layers.routed import RoutedModule
 from molora.layers.saved import SavedModule
 from molora.layers.stacked import FusedExperts, FusedParameter
+from molora.surgery.install import sites_of, wrappers_of
 
 __all__ = ["expert_modules", "keep_trained", "merge_expert", "merges", "saved_tensors", "stacks_of", "trained_copies"]
 

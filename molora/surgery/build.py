@@ -22,7 +22,7 @@ from molora.layers.saved import SavedModule
 from molora.layers.stacked import FusedExperts, FusedParameter
 from molora.routers import BALANCES, ROUTERS, BiasedRouter, HiddenRouter
 from molora.seeds import generator
-from molora.target_parameters import owner_of
+from molora.surgery.target_parameters import owner_of
 
 __all__ = ["Built", "build", "check_tables"]
 

@@ -15,10 +15,10 @@ from molora.config import MoloraConfig, Placement, per_layer
 from molora.config.site import SiteConfig
 from molora.config.strict import PerLayer
 from molora.errors import ConfigError, TargetError, nearest
-from molora.structure import FFNBlock, ffn_blocks
-from molora.target_parameters import Stacked, targeted_parameters
-from molora.targets import FUSED, Candidate, candidates, ends_with, fused_experts, imported, targeted
-from molora.trace import Trace, trace
+from molora.surgery.blocks import FFNBlock, ffn_blocks
+from molora.surgery.target_parameters import Stacked, targeted_parameters
+from molora.surgery.targets import FUSED, Candidate, candidates, ends_with, fused_experts, imported, targeted
+from molora.surgery.trace import Trace, trace
 
 __all__ = ["resolve"]
 

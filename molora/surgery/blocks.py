@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from molora.activations import ACTIVATIONS, activate
-from molora.trace import Call, Trace
+from molora.surgery.trace import Call, Trace
 
 __all__ = ["FFNBlock", "ffn_blocks"]
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from molora import context
-from molora.aux_loss import add_aux_loss
 from molora.context import Frame, editor_of, tape_of
 from molora.errors import ConfigError
+from molora.forward.aux_loss import add_aux_loss
+from molora.forward.scaling_pass import two_passes
 from molora.layers.mixture import HEAD, Mixture
-from molora.scaling_pass import two_passes
 
 __all__ = ["REST", "arguments_of", "open_frame", "run_in_frame"]
 
@@ -117,7 +117,7 @@ def run_in_frame(
 
     ``inner``: the base's forward, or one of the same signature around its backbone. ``given``: the arguments as the
     caller gave them, for a forward that takes some without a name. ``finish`` makes the result of
-    model, mixture, outputs, frame and arguments, as :func:`molora.aux_loss.add_aux_loss` does.
+    model, mixture, outputs, frame and arguments, as :func:`molora.forward.aux_loss.add_aux_loss` does.
     """
     mixture: Mixture = model._molora
     frame = open_frame(model, mixture, arguments, task_ids)

@@ -10,8 +10,8 @@ from torch import nn
 from molora.config import MoloraConfig
 from molora.errors import TargetError, nearest
 from molora.layers.linear import FLOATS
-from molora.targets import CONVOLUTIONS, Candidate, ends_with, layer_of
-from molora.trace import Trace, linear_shape
+from molora.surgery.targets import CONVOLUTIONS, Candidate, ends_with, layer_of
+from molora.surgery.trace import Trace, linear_shape
 
 __all__ = ["Stacked", "owner_of", "stacked_at", "targeted_parameters"]
 
@@ -32,7 +32,7 @@ def owner_of(path: str) -> tuple[str, str]:
 
 def stacked_at(model: nn.Module, path: str, read_past: Set[str] = frozenset()) -> Stacked:
     """The parameter ``path`` as stacked experts. How a weight is stored, its module says as ``is_transposed``, for PEFT
-    alike. ``read_past``: as of a :class:`molora.trace.Trace`.
+    alike. ``read_past``: as of a :class:`molora.surgery.trace.Trace`.
 
     Raises:
         TargetError: for a parameter that is not there, or cannot be replaced for a call.

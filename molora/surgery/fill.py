@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from molora.adapter.folder import Described, check_fingerprint
-from molora.build import Built, build
 from molora.config.site import SiteConfig
 from molora.errors import AdapterError, ConfigError, TargetError
 from molora.layers.mixture import HEAD
 from molora.layers.saved import SavedModule
-from molora.target_parameters import stacked_at
-from molora.trace import linear_shape
+from molora.surgery.build import Built, build
+from molora.surgery.target_parameters import stacked_at
+from molora.surgery.trace import linear_shape
 
 __all__ = ["fill", "led", "wrappers_for"]
 

@@ -14,13 +14,13 @@ from molora.config import MoloraConfig, Placement
 from molora.config.site import SiteConfig
 from molora.config.strict import PerLayer, matches, shown
 from molora.errors import ConfigError
-from molora.install import sites_of
 from molora.layers.banks.plain import ExpertBank
 from molora.layers.linear import MixtureLinear
 from molora.layers.mixture import HEAD, Mixture
 from molora.layers.routed import RoutedModule
 from molora.routers import BiasedRouter, HiddenRouter, LinearRouter
 from molora.seeds import generator
+from molora.surgery.install import sites_of
 
 __all__ = ["NEW_LOGIT", "add_expert", "prune_experts"]
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import typing
 import warnings
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from molora.errors import ConfigError, MoloraError
 from molora.extras import FAULTS, need
-from molora.interop.fresh import Batches, bank_of, check_weights, fresh_sites, on_device, shared_copy, take
-from molora.interop.initialisers import peft_start, readable_weight
+from molora.initialisers.from_data import Batches, bank_of, check_weights, fresh_sites, on_device, shared_copy, take
+from molora.initialisers.from_weight import peft_start, readable_weight
 from molora.layers.linear import MixtureLinear
-from molora.model import MixtureModel
 from molora.seeds import generator
 
 __all__ = ["init_lora_ga"]
@@ -58,7 +57,7 @@ def init_lora_ga(model: nn.Module, dataloader: Batches, *, seed: int = 0, **opti
         raise
     except FAULTS as e:
         raise ConfigError(f"{WHAT}: PEFT cannot use this ({type(e).__name__}: {str(e)[:300]})") from e
-    take(cast(MixtureModel, model), starts)
+    take(model, starts)
 
 
 def _check(options: Mapping[str, Any], known: Mapping[str, Any]) -> None:

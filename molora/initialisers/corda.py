@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from molora.errors import ConfigError, MoloraError
 from molora.extras import FAULTS, need
-from molora.interop.fresh import Batches, bank_of, check_weights, fresh_sites, on_device, shared_copy, take
-from molora.interop.initialisers import peft_start, readable_weight
+from molora.initialisers.from_data import Batches, bank_of, check_weights, fresh_sites, on_device, shared_copy, take
+from molora.initialisers.from_weight import peft_start, readable_weight
 from molora.layers.linear import MixtureLinear
-from molora.model import MixtureModel
 from molora.seeds import generator
 
 __all__ = ["init_corda"]
@@ -60,7 +59,7 @@ def init_corda(model: nn.Module, dataloader: Batches, *, corda_method: str = "ip
         raise
     except FAULTS as e:
         raise ConfigError(f"{WHAT}: PEFT cannot use these batches ({type(e).__name__}: {str(e)[:300]})") from e
-    take(cast(MixtureModel, model), starts)
+    take(model, starts)
 
 
 def _eigens(

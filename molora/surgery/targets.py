@@ -10,7 +10,7 @@ from torch import nn
 
 from molora.config import MoloraConfig
 from molora.errors import AdapterError, ConfigError, TargetError, nearest
-from molora.trace import linear_shape
+from molora.surgery.trace import linear_shape
 
 __all__ = ["FUSED", "Candidate", "candidates", "ends_with", "fused_experts", "imported", "layer_of", "refuse"]
 __all__ += ["targeted"]

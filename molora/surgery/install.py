@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from molora.build import Built
 from molora.errors import TargetError
 from molora.layers.ffn import FFNRows
 from molora.layers.linear import MixtureLinear
@@ -15,6 +14,7 @@ from molora.layers.mixture import HEAD, Mixture
 from molora.layers.routed import RoutedModule
 from molora.layers.saved import SavedModule
 from molora.layers.stacked import FusedExperts
+from molora.surgery.build import Built
 
 __all__ = ["check_forward", "install", "sites_of", "uninstall", "wrappers_of"]
 

@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from molora import context
 from molora.errors import ConfigError
-from molora.install import sites_of
 from molora.layers.routed import RoutedModule
+from molora.surgery.install import sites_of
 
 __all__ = ["bind", "needs_context", "rebind", "unbind"]
 

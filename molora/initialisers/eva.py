@@ -11,8 +11,8 @@ from torch import nn
 
 from molora.errors import ConfigError, MoloraError
 from molora.extras import FAULTS, need
-from molora.interop.fresh import Batches, bank_of, fresh_sites
-from molora.interop.initialisers import dealt
+from molora.initialisers.from_data import Batches, bank_of, fresh_sites
+from molora.initialisers.from_weight import dealt
 
 __all__ = ["init_eva"]
 

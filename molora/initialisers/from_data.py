@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from molora.errors import ConfigError
-from molora.interop.initialisers import deal_out
+from molora.initialisers.from_weight import deal_out
 from molora.layers.banks.plain import ExpertBank
 from molora.layers.linear import MixtureLinear
+from molora.layers.mixture import mixture_of
 from molora.layers.stacked import FusedParameter
-from molora.model import MixtureModel
 
 __all__ = ["Batches", "bank_of", "check_weights", "fresh_sites", "on_device", "shared_copy", "take"]
 
@@ -39,7 +39,7 @@ def fresh_sites(model: nn.Module, what: str) -> dict[str, MixtureLinear]:
         ConfigError: in the name of ``what``, for a model without such experts, with trained ones, or with linears that
             PEFT does not know.
     """
-    if not isinstance(model, MixtureModel):
+    if mixture_of(model) is None:
         raise ConfigError(f"{what}: got a plain model, expected a converted one; call molora.convert first")
     out = {}
     for path, m in model.named_modules():
@@ -100,11 +100,12 @@ def on_device(batch: Any, model: nn.Module) -> dict[str, Any]:
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
-def take(model: MixtureModel, starts: dict[str, tuple[Tensor, Tensor]]) -> None:
+def take(model: nn.Module, starts: dict[str, tuple[Tensor, Tensor]]) -> None:
     """Deal the ranks A (R, I) and B (O, R) of each site out to its experts, and have them taken back."""
-    mixture, taken = model._molora, set()
+    mixture, taken = mixture_of(model), set()
+    assert mixture is not None, "fresh_sites has seen to it"
     with torch.no_grad():
-        for path, m in dict(model.named_modules()).items():  # type: ignore[attr-defined]
+        for path, m in dict(model.named_modules()).items():
             if path in starts:
                 deal_out(bank_of(m), *starts[path])
                 m.site = m.site.replace(takes_back=True)

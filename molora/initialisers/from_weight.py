@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from molora import processes
-from molora.build import Built
 from molora.errors import ConfigError
 from molora.extras import FAULTS, need
 from molora.layers.banks.plain import ExpertBank
@@ -23,13 +22,13 @@ from molora.seeds import generator
 __all__ = ["STARTED_BY_PEFT", "deal_out", "dealt", "peft_start", "readable_weight", "start_experts"]
 
 
-def start_experts(built: Built, seed: int) -> None:
+def start_experts(sites: Mapping[str, nn.Module], seed: int) -> None:
     """Start the banks whose placement asks for a start of PEFT; banks on the meta device hold nothing to start.
 
     Raises:
         ConfigError: for ranks or base weights that the start cannot be computed from; PEFT not installed.
     """
-    for path, site in built.routed().items():
+    for path, site in sites.items():
         if not isinstance(site, MixtureLinear) or site.bank is None:
             continue
         make = STARTED_BY_PEFT.get(site.placement.start)

@@ -1,0 +1,1 @@
+"""Ways to start experts: from the frozen weight, or from data."""
