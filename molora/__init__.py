@@ -20,8 +20,8 @@ from molora.config import MoloraConfig
 from molora.context import checkpoint_contexts
 from molora.convert import convert
 from molora.eval.record import record_routing
-from molora.interop.peft_hook import peft_config, register_with_peft
 from molora.load import from_pretrained, load
+from molora.peft_tuner.register import peft_config, register_with_peft
 from molora.recipes import RECIPES
 from molora.routers import update_biases
 from molora.routing import Routing

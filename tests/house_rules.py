@@ -71,7 +71,7 @@ ROWS: tuple[Row, ...] = (
         + (
             "molora.adapter.hub",
             "molora.adapter.card",
-            "molora.parking",
+            "molora.peft_tuner.inactive",
             "molora.surgery.reshape",
             "molora.forward.scaling_pass",
         ),

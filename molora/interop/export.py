@@ -19,7 +19,7 @@ from molora.adapter.peft_lora import Module
 from molora.adapter.peft_lora_writer import write_peft_lora
 from molora.config.strict import matches
 from molora.errors import ConfigError, nearest
-from molora.interop.peft_xlora import CLASSIFIER, PEFT_TYPE
+from molora.interop.xlora_of_peft import CLASSIFIER, PEFT_TYPE
 from molora.layers.linear import MixtureLinear
 from molora.layers.mixture import HEAD, Mixture
 from molora.model import MixtureModel

@@ -9,7 +9,9 @@ from molora.adapter.atomic_save import CONFIG, WEIGHTS
 from molora.adapter.config import PEFT_TYPE as OURS
 from molora.adapter.peft_lora import PICKLE
 from molora.adapter.peft_lora_config import refuse
-from molora.interop import meteora, mixlora, moe_peft, mola, peft_xlora, plain_lora, xlora
+from molora.interop import meteora, mixlora, moe_peft, mola, plain_lora
+from molora.interop import xlora_of_peft as peft_xlora
+from molora.interop import xlora_package as xlora
 from molora.interop.foreign import Importer, read_config
 
 __all__ = ["IMPORTERS", "hub_files", "importer_of"]

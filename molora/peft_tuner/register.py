@@ -37,8 +37,8 @@ def peft_config(
         ConfigError: for options that the recipe refuses, and where PEFT is not installed or too old.
     """
     try:
-        import molora.interop.peft_tuner  # noqa: F401 importing it registers it
-        from molora.interop.peft_settings import make_config
+        import molora.peft_tuner.tuner  # noqa: F401 importing it registers it
+        from molora.peft_tuner.settings import make_config
     except ImportError as e:
         raise missing(f"peft ({e})", "peft", "peft_config") from e
     return make_config(recipe, seed=seed, task_type=task_type, options=options)
@@ -54,7 +54,7 @@ def register_with_peft() -> None:
 
 def _register() -> None:
     try:
-        import molora.interop.peft_tuner  # noqa: F401 importing it registers it
+        import molora.peft_tuner.tuner  # noqa: F401 importing it registers it
     except (ImportError, AttributeError) as e:  # who imports PEFT for something else must not fail for our sake
         warnings.warn(f"PEFT will not know molora's adapters: {e}", stacklevel=2)
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from molora.errors import AdapterError
 from molora.interop.foreign import Asked, Foreign, experts, read_config, read_tensors
-from molora.interop.xlora_parts import Linear, assemble, given_adapters, linears
+from molora.interop.xlora_assembly import Linear, assemble, given_adapters, linears
 
 __all__ = ["read", "recognises"]
 

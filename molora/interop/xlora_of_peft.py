@@ -17,7 +17,7 @@ from molora.adapter.atomic_save import CONFIG, WEIGHTS
 from molora.adapter.peft_lora import PICKLE
 from molora.errors import AdapterError
 from molora.interop.foreign import Asked, Foreign, experts, read_config, read_tensors
-from molora.interop.xlora_parts import assemble, given_adapters, linears
+from molora.interop.xlora_assembly import assemble, given_adapters, linears
 
 __all__ = ["CLASSIFIER", "PEFT_TYPE", "read", "recognises"]
 

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from molora.adapter.folder import PREFIX
 from molora.convert import convert
 from molora.errors import AdapterError, ConfigError
-from molora.interop.peft_names import PLACE, UNLOAD, check_base, check_name
-from molora.interop.peft_settings import MixtureConfig
-from molora.interop.peft_weights import digest, keys_of, trained
 from molora.layers.mixture import HEAD, Mixture
 from molora.model import MixtureModel, adopt
-from molora.parking import Parked, park, unpark
+from molora.peft_tuner.inactive import Parked, park, unpark
+from molora.peft_tuner.names import PLACE, UNLOAD, check_base, check_name
+from molora.peft_tuner.settings import MixtureConfig
+from molora.peft_tuner.weights import digest, keys_of, trained
 from molora.surgery.build import Built, build
 from molora.surgery.fill import wrappers_for
 from molora.surgery.install import install

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from molora.adapter.folder import PREFIX
 from molora.errors import ConfigError
-from molora.interop.peft_mixtures import NamedMixtures
-from molora.interop.peft_names import PLACE
-from molora.interop.peft_settings import MixtureConfig, MixtureType
-from molora.interop.peft_weights import to_load, to_save
+from molora.peft_tuner.named import NamedMixtures
+from molora.peft_tuner.names import PLACE
+from molora.peft_tuner.settings import MixtureConfig, MixtureType
+from molora.peft_tuner.weights import to_load, to_save
 
 __all__ = ["MixtureTuner"]
 
