@@ -18,8 +18,8 @@ from torch import nn
 
 import molora
 from molora.adapter.peft_lora_writer import write_peft_lora
+from molora.data.builtin.model import model_folder
 from molora.surgery.targets import candidates
-from molora.training.demo_model import model_folder
 
 ROWS, TOKENS = 2, 128
 ADAPTERS, RANK = 4, 8

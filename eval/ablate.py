@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from molora import context
-from molora.data import Example
+from molora.data.examples import Example
 from molora.errors import ConfigError, MoloraError
 from molora.eval.edits import Scene
 from molora.eval.ledger import Ledger, Track, quiet

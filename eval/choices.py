@@ -14,11 +14,11 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from molora.data import IGNORED, Example
+from molora.data.examples import IGNORED, Example
+from molora.data.sources import read_lines
 from molora.errors import ConfigError
 from molora.eval.ledger import Track, quiet
 from molora.eval.score import row_losses
-from molora.sources import read_lines
 
 __all__ = ["Choice", "choice_rows", "likelihoods", "picks", "read_choices"]
 

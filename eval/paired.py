@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from molora.data import IGNORED, Collator, Example, learned
+from molora.data.examples import IGNORED, Collator, Example, learned
 from molora.errors import ConfigError
 from molora.eval.bootstrap import LEVEL
 from molora.eval.document import DIGITS

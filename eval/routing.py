@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load, save
 from transformers import PreTrainedModel
 
-from molora.data import Example
+from molora.data.examples import Example
 from molora.errors import ConfigError
 from molora.eval.ledger import Ledger, Track, quiet
 from molora.eval.recorder import routed_sites

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from molora.data import Collator, Example, Record
+from molora.data.examples import Collator, Example, Record
 from molora.eval.ledger import Track, quiet
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from molora.data import Example, Record, encode, learned
+from molora.data.examples import Example, Record, encode, learned
 from molora.errors import ConfigError
 from molora.eval.bootstrap import ratio_bounds
 from molora.eval.choices import Choice, likelihoods, picks

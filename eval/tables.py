@@ -7,8 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from molora.data import Example, Record, learned
-from molora.records import source
+from molora.data.examples import Example, Record, learned
+from molora.data.records import source
 
 __all__ = ["data_table", "result_table", "verdicts"]
 

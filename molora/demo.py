@@ -19,6 +19,9 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedModel
 
+from molora.data.builtin.domains import score_answer
+from molora.data.builtin.model import model_folder
+from molora.data.records import source
 from molora.errors import CheckpointError, ConfigError
 from molora.eval.answer import fresh_answers, peak_gb
 from molora.eval.document import FILE, read_document
@@ -31,10 +34,7 @@ from molora.eval.terminal import verdict_panel
 from molora.eval.verdict import verdict
 from molora.evaluate import Evaluation, EvaluationArguments
 from molora.extras import package_folder
-from molora.records import source
 from molora.training.arguments import Arguments, read_arguments
-from molora.training.demo_data import score_answer
-from molora.training.demo_model import model_folder
 from molora.training.match import matched
 from molora.training.models import CAUSAL, task_of
 from molora.training.rows import Data, prepare_data, supervised_experts

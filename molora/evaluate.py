@@ -16,7 +16,9 @@ import torch
 from transformers import PreTrainedModel
 
 from molora.adapter.folder import Adapter, read_adapter
-from molora.data import Example, drawn
+from molora.data.builtin.domains import domain_records, score_answer
+from molora.data.examples import Example, drawn
+from molora.data.records import Record
 from molora.errors import ConfigError
 from molora.eval.ablate import ablate
 from molora.eval.choices import read_choices
@@ -27,9 +29,7 @@ from molora.eval.routing import check_choice, record_domains, token_texts
 from molora.eval.scores import scores
 from molora.eval.summary import summary
 from molora.load import load
-from molora.records import Record
 from molora.training.arguments import ModelArguments, read_arguments
-from molora.training.demo_data import domain_records, score_answer
 from molora.training.images import ImageRows
 from molora.training.models import CLASSES, IMAGES, load_base, load_processor, load_tokenizer, task_of
 from molora.training.rows import coder, divided

@@ -77,7 +77,7 @@ ROWS: tuple[Row, ...] = (
         ),
     ),
     (7, ("molora.interop", "molora.convert", "molora.load")),
-    (7, ("molora.data", "molora.packing", "molora.records", "molora.sources")),
+    (7, ("molora.data.examples", "molora.data.packing", "molora.data.records", "molora.data.sources")),
     (8, ("molora.training",)),
     (8, ("molora.eval",)),
     (9, ("molora.cli", "molora.cli_eval", "molora.busy", "molora.demo", "molora.evaluate", "molora.info", "molora")),

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import molora
-from molora.data import Collator, Example
+from molora.data.examples import Collator, Example
 from tests import tiny
 
 WIDTH, START, LENGTH = 15, 2, (12, 25)  # tokens of a domain; the token that all documents begin with; of a document

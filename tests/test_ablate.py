@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from molora.data import Example
+from molora.data.examples import Example
 from molora.errors import ConfigError, MoloraError
 from molora.eval.ablate import ablate, purposes
 from molora.eval.ledger import Ledger

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from molora.data import IGNORED, Collator, Example, Record, apart, deduplicated, encode, split
+from molora.data.examples import IGNORED, Collator, Example, Record, apart, deduplicated, encode, split
+from molora.data.sources import read_jsonl
 from molora.errors import ConfigError
-from molora.sources import read_jsonl
 from molora.training.mixing import mix
 from tests.tiny_text import jsonl, tokenizer
 

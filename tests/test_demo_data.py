@@ -6,9 +6,9 @@ import importlib.util
 
 import pytest
 
-from molora.data import Record, apart, split
+from molora.data.builtin.domains import BUILTIN_DOMAINS, TASKS, domain_records, score_answer
+from molora.data.examples import Record, apart, split
 from molora.errors import ConfigError
-from molora.training.demo_data import BUILTIN_DOMAINS, TASKS, domain_records, score_answer
 
 
 @pytest.mark.parametrize("name", BUILTIN_DOMAINS)

@@ -21,11 +21,11 @@ from lm_eval.api.registry import Registry, model_registry
 from lm_eval.models.huggingface import HFLM
 
 import molora
+from molora.data.builtin.model import model_folder as real_model
 from molora.errors import AdapterError, ConfigError
 from molora.eval import harness
 from molora.eval.choices import likelihoods, read_choices
 from molora.eval.harness_model import MoloraLM
-from molora.training.demo_model import model_folder as real_model
 from tests.conftest import close
 from tests.lm_tasks import Place, evaluate, loaded, numbers, tiny_place, write_tasks
 from tests.tiny import arm, write_adapter

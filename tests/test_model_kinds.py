@@ -12,10 +12,10 @@ import transformers as tf
 import yaml
 
 import molora
-from molora.data import IGNORED, Collator
+from molora.data.examples import IGNORED, Collator
+from molora.data.records import Record
 from molora.errors import ConfigError
 from molora.eval.tables import data_table
-from molora.records import Record
 from molora.training import train as job
 from molora.training.arguments import DataArguments, ModelArguments, read_arguments
 from molora.training.images import encode_image

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import transformers as tf
 
-from molora.data import Collator
+from molora.data.examples import Collator
 from molora.training.arguments import DataArguments
 from molora.training.order import grouped_by_length
 from molora.training.rows import Data, prepare_data

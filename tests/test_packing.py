@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 import molora
-from molora.data import IGNORED, Collator, Example
+from molora.data.examples import IGNORED, Collator, Example
+from molora.data.packing import check_packing, pack
 from molora.errors import ConfigError
-from molora.packing import check_packing, pack
 from tests.conftest import close
 from tests.tiny import CAUSAL, base_model, converted
 

@@ -9,7 +9,7 @@ import torch
 import transformers as tf
 
 import molora
-from molora.data import Example
+from molora.data.examples import Example
 from molora.eval.ablate import ablate
 from molora.eval.paired import Resampled, bounds, mixed
 from molora.eval.record import record_routing

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as tf
 
-from molora.data import IGNORED, Example, Record
+from molora.data.examples import IGNORED, Example, Record
 from molora.eval.score import answer, exact_match, generate, heldout_loss, prompt_text
 from tests.tiny_text import model_folder, tokenizer
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers as tf
 
-from molora.data import Record, encode
+from molora.data.examples import Record, encode
 from molora.errors import ConfigError
 from molora.eval.bootstrap import ratio_bounds
 from molora.eval.choices import Choice, choice_rows, likelihoods, picks, read_choices

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from molora.data.records import Record, source
+from molora.data.sources import read_source
 from molora.errors import ConfigError
-from molora.records import Record, source
-from molora.sources import read_source
 from tests.tiny_text import jsonl
 
 TURNS = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "It is 4."}]

@@ -13,15 +13,15 @@ from transformers import PreTrainedModel
 from molora.adapter.peft_lora import LoraAdapter
 from molora.config import MoloraConfig
 from molora.convert import put_on
+from molora.data.builtin.domains import BUILTIN_DOMAINS, domain_records
+from molora.data.builtin.model import BUILTIN
+from molora.data.records import source
+from molora.data.sources import HUB
 from molora.errors import ConfigError
 from molora.recipes import RECIPES
-from molora.records import source
-from molora.sources import HUB
 from molora.surgery.ready_made import aligned
 from molora.surgery.resolve import resolve
 from molora.training.arguments import Arguments, DataArguments
-from molora.training.demo_data import BUILTIN_DOMAINS, domain_records
-from molora.training.demo_model import BUILTIN
 from molora.training.models import IMAGES, load_processor, task_of
 from molora.training.plan import Batch, Plan, plan
 from molora.training.rows import prepare_data

@@ -8,10 +8,10 @@ from typing import Any, cast, overload
 
 from torch import Tensor
 
-from molora.data import IGNORED, Example, answer_ids, learned, turns
+from molora.data.examples import IGNORED, Example, answer_ids, learned, turns
+from molora.data.records import Record
 from molora.errors import ConfigError
 from molora.extras import need
-from molora.records import Record
 
 __all__ = ["ImageRows", "encode_image"]
 

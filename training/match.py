@@ -9,9 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from molora.config import MoloraConfig
 from molora.convert import convert
+from molora.data.builtin.model import model_folder
 from molora.errors import ConfigError
 from molora.training.arguments import Arguments, ModelArguments
-from molora.training.demo_model import model_folder
 from molora.training.train import recipe_config
 
 __all__ = ["matched", "trainable_parameters"]

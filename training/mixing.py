@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 
-from molora.data import Example
+from molora.data.examples import Example
 
 __all__ = ["mix"]
 

@@ -20,10 +20,10 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from molora.config import MoloraConfig
+from molora.data.builtin.model import model_folder, quiet_loading
 from molora.errors import ConfigError, nearest
 from molora.extras import missing
 from molora.training.arguments import ModelArguments
-from molora.training.demo_model import model_folder, quiet_loading
 
 __all__ = ["CAUSAL", "CLASSES", "IMAGES", "known_labels", "load_base", "load_classifier", "load_processor"]
 __all__ += ["load_tokenizer", "task_of", "with_trained_head"]

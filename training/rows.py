@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from molora.config import MoloraConfig
-from molora.data import Example, apart, encode, encode_class, split
+from molora.data.builtin.domains import domain_records
+from molora.data.examples import Example, apart, encode, encode_class, split
+from molora.data.packing import pack
+from molora.data.records import Record, source
 from molora.errors import ConfigError, nearest
-from molora.packing import pack
-from molora.records import Record, source
 from molora.training.arguments import DataArguments
-from molora.training.demo_data import domain_records
 from molora.training.images import ImageRows, encode_image
 from molora.training.mixing import mix
 from molora.training.models import CAUSAL, CLASSES, IMAGES

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from molora.config import MoloraConfig
 from molora.convert import convert
-from molora.data import Collator
+from molora.data.builtin.model import model_folder
+from molora.data.examples import Collator
+from molora.data.packing import check_packing
 from molora.errors import ConfigError, nearest
-from molora.packing import check_packing
 from molora.recipes import RECIPES
 from molora.training.arguments import OUTPUT, Arguments, MixtureArguments
-from molora.training.demo_model import model_folder
 from molora.training.engine_line import EngineLine
 from molora.training.models import (
     CLASSES,

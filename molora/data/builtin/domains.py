@@ -18,11 +18,11 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+from molora.data.builtin.model import BUILTIN
+from molora.data.records import Record, source
+from molora.data.sources import read_source
 from molora.errors import ConfigError, nearest
 from molora.extras import package_folder
-from molora.records import Record, source
-from molora.sources import read_source
-from molora.training.demo_model import BUILTIN
 
 __all__ = ["BUILTIN_DOMAINS", "TASKS", "domain_records", "score_answer"]
 
@@ -38,7 +38,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 def domain_records(value: Any, needs: Collection[str] = ()) -> list[Record]:
-    """Records of a domain: ``builtin:<name>``, or what :func:`molora.records.source` takes.
+    """Records of a domain: ``builtin:<name>``, or what :func:`molora.data.records.source` takes.
 
     ``needs``: columns ``label`` and ``image`` are read only if they stand in it.
 

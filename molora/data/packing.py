@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from molora.config import MoloraConfig
-from molora.data import IGNORED, Example
+from molora.data.examples import IGNORED, Example
 from molora.errors import ConfigError
 
 __all__ = ["check_packing", "pack"]

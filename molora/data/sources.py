@@ -14,9 +14,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from molora.data.records import COLUMNS, Columns, Record, Source, record
 from molora.errors import ConfigError, nearest
 from molora.extras import need
-from molora.records import COLUMNS, Columns, Record, Source, record
 
 __all__ = ["HUB", "read_jsonl", "read_lines", "read_source"]
 

@@ -10,8 +10,8 @@ from typing import Any, NotRequired, TypedDict
 import torch
 from torch import Tensor
 
+from molora.data.records import Record
 from molora.errors import ConfigError
-from molora.records import Record
 
 __all__ = [
     "IGNORED",

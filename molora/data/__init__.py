@@ -1,0 +1,1 @@
+"""Data: records of any source, as rows that a model learns from."""

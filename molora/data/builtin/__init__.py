@@ -1,0 +1,1 @@
+"""The demo's data and model: from installed packages, nothing is downloaded."""
