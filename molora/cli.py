@@ -99,8 +99,8 @@ def train(
     )  # before transformers' Trainer asks for it in its own words
     from molora.eval.tables import data_table
     from molora.training.arguments import read_arguments
-    from molora.training.plan_table import show_plan
-    from molora.training.train import Data, run
+    from molora.training.job import Data, run
+    from molora.training.plan.table import show_plan
 
     arguments = read_arguments(config, ctx.args)
     if dry_run:

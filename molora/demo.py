@@ -35,10 +35,10 @@ from molora.eval.verdict import verdict
 from molora.evaluate import Evaluation, EvaluationArguments
 from molora.extras import package_folder
 from molora.training.arguments import Arguments, read_arguments
+from molora.training.job import load_base, load_tokenizer, mixture, recipe_config, train
 from molora.training.match import matched
 from molora.training.models import CAUSAL, task_of
 from molora.training.rows import Data, prepare_data, supervised_experts
-from molora.training.train import load_base, load_tokenizer, mixture, recipe_config, train
 
 __all__ = ["run_demo"]
 

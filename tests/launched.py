@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from molora.training import engine
+from molora.training.engine import settings as engine
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted((ROOT / "training" / "launch").glob("*.sh"))

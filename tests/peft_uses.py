@@ -19,7 +19,7 @@ from peft import get_peft_model
 from torch import distributed
 
 import molora
-from molora.training import sharded
+from molora.training.engine import sharded
 from tests import behaviours, tiny
 from tests.several import deepspeed_config
 from tests.training_runs import SETTINGS, SMOOTH, data

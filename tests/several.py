@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback
 
-from molora.training import sharded
+from molora.training.engine import sharded
 from molora.training.finite import NonFiniteError
 from tests import tiny
 from tests.test_hf_trainer import STRONG

@@ -14,7 +14,7 @@ from torch.nn import functional
 import molora
 import molora.forward.frame
 from molora.errors import ConfigError
-from molora.training import train as job
+from molora.training import job
 from molora.training.arguments import DataArguments, read_arguments
 from molora.training.rows import supervised_experts
 from tests import tiny_text

@@ -11,12 +11,12 @@ import yaml
 
 import molora
 from molora.errors import ConfigError
-from molora.training import train as job
+from molora.training import job
 from molora.training.arguments import read_arguments
-from molora.training.dry_run import dry_run
-from molora.training.plan import Batch, plan
-from molora.training.plan_table import GIB
-from molora.training.shapes import base_without_storage
+from molora.training.plan.dry_run import dry_run
+from molora.training.plan.overview import Batch, plan
+from molora.training.plan.shapes import base_without_storage
+from molora.training.plan.table import GIB
 from tests import tiny_text
 from tests.test_cli import molora as command
 from tests.tiny import base_model, write_adapter

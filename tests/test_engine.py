@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from molora.errors import ConfigError
-from molora.training import engine
+from molora.training.engine import settings as engine
 from tests.launched import no_engine
 
 SHIPPED = ("zero1", "zero2", "zero3", "zero3_offload")

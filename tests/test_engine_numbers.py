@@ -12,9 +12,9 @@ from transformers import TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from molora.errors import ConfigError
-from molora.training import engine
 from molora.training.arguments import Arguments, read_arguments
-from molora.training.engine_line import describe_engine
+from molora.training.engine import settings as engine
+from molora.training.engine.line import describe_engine
 from tests.launched import no_engine
 
 

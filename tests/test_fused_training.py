@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import molora
 from molora.errors import ConfigError, MoloraError, TargetError
 from molora.recipes import RECIPES
-from molora.training.counts import activation_widths, dispatched, kinds_of, site_groups
+from molora.training.plan.counts import activation_widths, dispatched, kinds_of, site_groups
 from molora.training.trainer import Trainer
 from tests import behaviours, tiny
 from tests.support.families import base, inputs

@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import molora
-from molora.training.engine import resolve_deepspeed
+from molora.training.engine.settings import resolve_deepspeed
 from tests import tiny_text
 from tests.launched import free_port, launch
 

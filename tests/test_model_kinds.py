@@ -16,7 +16,7 @@ from molora.data.examples import IGNORED, Collator
 from molora.data.records import Record
 from molora.errors import ConfigError
 from molora.eval.tables import data_table
-from molora.training import train as job
+from molora.training import job
 from molora.training.arguments import DataArguments, ModelArguments, read_arguments
 from molora.training.images import encode_image
 from molora.training.models import load_processor, task_of

@@ -15,11 +15,11 @@ import yaml
 
 import molora
 from molora.training.arguments import ModelArguments, read_arguments
-from molora.training.costs import Activations, Weights, memory, traffic
-from molora.training.counts import activation_widths, weights_of
-from molora.training.dry_run import DryRun, dry_run
-from molora.training.plan import Batch, steps_of
-from molora.training.shapes import base_without_storage, known_shapes
+from molora.training.plan.costs import Activations, Weights, memory, traffic
+from molora.training.plan.counts import activation_widths, weights_of
+from molora.training.plan.dry_run import DryRun, dry_run
+from molora.training.plan.overview import Batch, steps_of
+from molora.training.plan.shapes import base_without_storage, known_shapes
 from tests.test_counts import LAYERS, D, F
 from tests.tiny import arm, base_model, batch
 

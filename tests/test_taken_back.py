@@ -13,7 +13,7 @@ import molora
 from molora.errors import ConfigError
 from molora.load import restore
 from molora.seeds import generator
-from molora.training.counts import kinds_of
+from molora.training.plan.counts import kinds_of
 from tests import tiny
 from tests.conftest import close
 from tests.support.quantised import quantise

@@ -17,7 +17,7 @@ from molora.eval.experts import expert_report
 from molora.eval.lesions import silenced
 from molora.interop.export import export_merged
 from molora.load import restore
-from molora.training.counts import activation_widths
+from molora.training.plan.counts import activation_widths
 from tests import tiny
 from tests.conftest import close
 from tests.test_initialisers import banks, peft

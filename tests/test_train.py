@@ -15,7 +15,7 @@ import yaml
 import molora
 from molora.data.builtin.model import cache_folder, model_folder
 from molora.errors import ConfigError
-from molora.training import train as job
+from molora.training import job
 from molora.training.arguments import ModelArguments, read_arguments
 from molora.training.match import matched, trainable_parameters
 from tests import tiny_text

@@ -21,7 +21,8 @@ from accelerate.state import AcceleratorState
 from torch import distributed
 
 import molora
-from molora.training import Trainer, TrainingArguments, sharded
+from molora.training import Trainer, TrainingArguments
+from molora.training.engine import sharded
 from tests import behaviours, tiny
 from tests.several import deepspeed_config
 from tests.training_runs import SETTINGS, data

@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 from molora.data.records import source
 from molora.errors import ConfigError, nearest
 from molora.extras import missing
-from molora.training.engine import check_engine, prepare_engine, world_size
+from molora.training.engine.settings import check_engine, prepare_engine, world_size
 from molora.training.settings import TrainingArguments
 from molora.training.yaml_values import parse_yaml, read_yaml
 

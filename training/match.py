@@ -12,7 +12,7 @@ from molora.convert import convert
 from molora.data.builtin.model import model_folder
 from molora.errors import ConfigError
 from molora.training.arguments import Arguments, ModelArguments
-from molora.training.train import recipe_config
+from molora.training.job import recipe_config
 
 __all__ = ["matched", "trainable_parameters"]
 

@@ -19,7 +19,8 @@ from molora.adapter.atomic_save import CARD, CONFIG
 from molora.adapter.hub import tag
 from molora.errors import CheckpointError
 from molora.load import restore
-from molora.training import checkpoints, sharded
+from molora.training import checkpoints
+from molora.training.engine import sharded
 
 __all__ = ["WholeCheckpoints"]
 

@@ -22,11 +22,11 @@ from molora.recipes import RECIPES
 from molora.surgery.ready_made import aligned
 from molora.surgery.resolve import resolve
 from molora.training.arguments import Arguments, DataArguments
+from molora.training.job import load_tokenizer, recipe_config
 from molora.training.models import IMAGES, load_processor, task_of
-from molora.training.plan import Batch, Plan, plan
+from molora.training.plan.overview import Batch, Plan, plan
+from molora.training.plan.shapes import base_without_storage
 from molora.training.rows import prepare_data
-from molora.training.shapes import base_without_storage
-from molora.training.train import load_tokenizer, recipe_config
 
 __all__ = ["DryRun", "dry_run"]
 

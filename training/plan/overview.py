@@ -7,8 +7,16 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from molora.training.costs import Memory, expert_parallel_bytes, memory, traffic
-from molora.training.counts import Kind, SiteGroup, activation_widths, dispatched, kinds_of, site_groups, weights_of
+from molora.training.plan.costs import Memory, expert_parallel_bytes, memory, traffic
+from molora.training.plan.counts import (
+    Kind,
+    SiteGroup,
+    activation_widths,
+    dispatched,
+    kinds_of,
+    site_groups,
+    weights_of,
+)
 
 __all__ = ["Batch", "Plan", "plan", "steps_of"]
 

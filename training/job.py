@@ -19,7 +19,7 @@ from molora.data.packing import check_packing
 from molora.errors import ConfigError, nearest
 from molora.recipes import RECIPES
 from molora.training.arguments import OUTPUT, Arguments, MixtureArguments
-from molora.training.engine_line import EngineLine
+from molora.training.engine.line import EngineLine
 from molora.training.models import (
     CLASSES,
     IMAGES,

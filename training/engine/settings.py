@@ -22,7 +22,7 @@ from molora.extras import package_folder
 
 __all__ = ["check_engine", "prepare_cpu_engine", "prepare_engine", "resolve_deepspeed", "world_size"]
 
-ZERO = Path(__file__).parent / "zero"
+ZERO = Path(__file__).parents[1] / "zero"
 # DeepSpeed's name of a setting: TrainingArguments' name of the same.
 SHARED = {
     "train_micro_batch_size_per_gpu": "per_device_train_batch_size",

@@ -25,7 +25,7 @@ from molora.training.models import CLASSES, DTYPES
 
 __all__ = ["SHAPES", "base_without_storage", "known_shapes"]
 
-SHAPES = Path(__file__).parent / "configs" / "shapes"  # <owner>--<name>.json: the config fields that set a shape
+SHAPES = Path(__file__).parents[1] / "configs" / "shapes"  # <owner>--<name>.json: the config fields that set a shape
 BUILTIN_SHAPES = {"builtin:smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 

@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 
 from molora.training.arguments import Arguments
-from molora.training.counts import Kind
-from molora.training.dry_run import dry_run
-from molora.training.plan import Plan
+from molora.training.plan.counts import Kind
+from molora.training.plan.dry_run import dry_run
+from molora.training.plan.overview import Plan
 
 __all__ = ["GIB", "plan_tables", "show_plan"]
 
@@ -22,7 +22,7 @@ def show_plan(arguments: Arguments, gpus: int | None, console: Console) -> None:
     """Print the plan of a dry run and what it rests on, once; without ``gpus``, for the processes that were launched.
 
     Raises:
-        ConfigError: as :func:`molora.training.dry_run.dry_run`.
+        ConfigError: as :func:`molora.training.plan.dry_run.dry_run`.
     """
     found = dry_run(arguments, arguments.training.world_size if gpus is None else gpus)
     if arguments.training.process_index:

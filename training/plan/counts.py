@@ -16,7 +16,7 @@ from molora.layers.routed import RoutedModule
 from molora.layers.saved import SavedModule
 from molora.surgery.install import sites_of
 from molora.surgery.targets import layer_of
-from molora.training.costs import Activations, Weights
+from molora.training.plan.costs import Activations, Weights
 
 __all__ = ["Kind", "SiteGroup", "activation_widths", "dispatched", "kinds_of", "site_groups", "weights_of"]
 
@@ -92,7 +92,7 @@ def _bytes(parameters: Iterable[nn.Parameter]) -> int:
 
 
 def weights_of(model: nn.Module) -> Weights:
-    """The bytes that :func:`molora.training.costs.memory` starts from."""
+    """The bytes that :func:`molora.training.plan.costs.memory` starts from."""
     added = _adapter_parameters(model)
     trained = [p for _, p in added.values() if p.requires_grad]
     frozen = [p for _, p in added.values() if not p.requires_grad]
