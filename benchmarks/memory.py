@@ -26,7 +26,7 @@ def peak_mib(subject: str) -> float:
 
 if __name__ == "__main__":
     from benchmarks.subjects import SUBJECTS
-    from molora.eval.answer import peak_gb
+    from molora.eval.scoring.fresh_process import peak_gb
 
     run = SUBJECTS[sys.argv[1]]()
     for _ in range(2 if "step" in sys.argv[1] else 1):  # the optimizer's state is there from the second on

@@ -17,9 +17,9 @@ from rich.progress import Progress
 from benchmarks import subjects
 from benchmarks.timing import interleaved, machine, ratio
 from molora import context
-from molora.eval.answer import peak_gb
-from molora.eval.recorder import RoutingRecorder
-from molora.eval.watch import collect_routing
+from molora.eval.counting.counter import RoutingRecorder
+from molora.eval.counting.watch import collect_routing
+from molora.eval.scoring.fresh_process import peak_gb
 from molora.routing import Routing
 
 GOAL_SHARE, GOAL_MB, TOKENS = 0.05, 100.0, 1_000_000

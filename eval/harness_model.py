@@ -16,13 +16,13 @@ from torch import Tensor
 from molora import context
 from molora.adapter.folder import read_adapter
 from molora.errors import AdapterError, ConfigError
+from molora.eval.counting.counter import RoutingRecorder, routed_sites
+from molora.eval.counting.domains import token_texts
+from molora.eval.counting.stats import RoutingStats, merge
+from molora.eval.counting.summary import summary
+from molora.eval.counting.watch import collect_routing
 from molora.eval.document import SCHEMA, write_json
 from molora.eval.harness_rows import NOBODY, Document, ExpectedRows, answered_rows, document_of
-from molora.eval.recorder import RoutingRecorder, routed_sites
-from molora.eval.routing import token_texts
-from molora.eval.stats import RoutingStats, merge
-from molora.eval.summary import summary
-from molora.eval.watch import collect_routing
 from molora.extras import missing
 from molora.load import load
 from molora.model import MixtureModel

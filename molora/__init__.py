@@ -19,7 +19,7 @@ from molora import errors, recipes
 from molora.config import MoloraConfig
 from molora.context import checkpoint_contexts
 from molora.convert import convert
-from molora.eval.record import record_routing
+from molora.eval.counting.tape import record_routing
 from molora.load import from_pretrained, load
 from molora.peft_tuner.register import peft_config, register_with_peft
 from molora.recipes import RECIPES

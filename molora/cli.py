@@ -97,7 +97,7 @@ def train(
     package_folder(
         "accelerate", "accelerate", "train", "training"
     )  # before transformers' Trainer asks for it in its own words
-    from molora.eval.tables import data_table
+    from molora.eval.page.terminal_tables import data_table
     from molora.training.arguments import read_arguments
     from molora.training.job import Data, run
     from molora.training.plan.table import show_plan

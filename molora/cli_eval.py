@@ -116,7 +116,7 @@ def evaluate(
     if as_json:
         _print({k: document[k] for k in found if k in document})
         return
-    from molora.eval.terminal import show_document
+    from molora.eval.page.terminal import show_document
 
     show_document({k: document[k] for k in ("name", "expert_names", *found) if k in document}, output)
     output.print(f"{job.file}: `molora report {out}` makes a page of it", highlight=False, markup=False)
@@ -145,8 +145,8 @@ def report(
     For CI: `molora report runs/eval --fail-if collapsed`
     """
     from molora.eval.document import read_document
-    from molora.eval.report import write_report
-    from molora.eval.terminal import show_comparison, show_document
+    from molora.eval.page.report import write_report
+    from molora.eval.page.terminal import show_comparison, show_document
     from molora.eval.verdict import FAILURES, fails, verdict
 
     for condition in fail_if or []:
@@ -159,13 +159,13 @@ def report(
     failed = [f"{d['name']} is {c}" for d in documents for c in fail_if or [] if fails(d, c)]
     page = out or (runs[0] if runs[0].is_dir() else runs[0].parent) / "report.html"
     if card is not None:
-        from molora.eval.card import write_card
+        from molora.eval.page.card import write_card
 
         card = write_card(documents[0], card)
     write_report(documents, page)
     drawn: list[Path] = []
     if figures is not None:
-        from molora.eval.figures import draw
+        from molora.eval.page.figures import draw
 
         drawn = [p for d in documents for p in draw(d, figures, str(figure_format), several=len(documents) > 1)]
     if as_json:

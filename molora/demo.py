@@ -23,14 +23,14 @@ from molora.data.builtin.domains import score_answer
 from molora.data.builtin.model import model_folder
 from molora.data.records import source
 from molora.errors import CheckpointError, ConfigError
-from molora.eval.answer import fresh_answers, peak_gb
+from molora.eval.counting.counter import routed_sites
 from molora.eval.document import FILE, read_document
 from molora.eval.ledger import bar
-from molora.eval.recorder import routed_sites
-from molora.eval.report import write_report
-from molora.eval.score import answer, exact_match, heldout_loss, prompt_text
-from molora.eval.tables import data_table, result_table, verdicts
-from molora.eval.terminal import verdict_panel
+from molora.eval.page.report import write_report
+from molora.eval.page.terminal import verdict_panel
+from molora.eval.page.terminal_tables import data_table, result_table, verdicts
+from molora.eval.scoring.fresh_process import fresh_answers, peak_gb
+from molora.eval.scoring.losses import answer, exact_match, heldout_loss, prompt_text
 from molora.eval.verdict import verdict
 from molora.evaluate import Evaluation, EvaluationArguments
 from molora.extras import package_folder

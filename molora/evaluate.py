@@ -20,14 +20,14 @@ from molora.data.builtin.domains import domain_records, score_answer
 from molora.data.examples import Example, drawn
 from molora.data.records import Record
 from molora.errors import ConfigError
-from molora.eval.ablate import ablate
-from molora.eval.choices import read_choices
+from molora.eval.ablation.section import ablate
+from molora.eval.counting.domains import check_choice, record_domains, token_texts
+from molora.eval.counting.experts import expert_report
+from molora.eval.counting.summary import summary
 from molora.eval.document import FILE, add_sections
-from molora.eval.experts import expert_report
 from molora.eval.ledger import Ledger, Track, quiet
-from molora.eval.routing import check_choice, record_domains, token_texts
-from molora.eval.scores import scores
-from molora.eval.summary import summary
+from molora.eval.scoring.choices import read_choices
+from molora.eval.scoring.section import scores
 from molora.load import load
 from molora.training.arguments import ModelArguments, read_arguments
 from molora.training.images import ImageRows
@@ -98,7 +98,7 @@ class Evaluation:
         if self._task == CLASSES:
             raise ConfigError(
                 f"{base}: is a classifier; the command line evaluates models that write text. In Python, "
-                "molora.eval.watch.collect_routing records any model"
+                "molora.eval.counting.watch.collect_routing records any model"
             )
         self.tokenizer = load_tokenizer(self._model_arguments)
         read = self._records() if records is None else records

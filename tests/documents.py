@@ -6,9 +6,9 @@ import random
 from pathlib import Path
 from typing import Any
 
-from molora.eval.experts import expert_report
-from molora.eval.summary import summary
-from molora.eval.watch import collect_routing
+from molora.eval.counting.experts import expert_report
+from molora.eval.counting.summary import summary
+from molora.eval.counting.watch import collect_routing
 from tests import tiny
 
 # Names and tokens as they come from users' folders and from byte-level tokenizers.

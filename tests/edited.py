@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from molora import context
-from molora.eval.edits import GATES, Edit, Scene
+from molora.eval.ablation.edits import GATES, Edit, Scene
 from molora.layers.linear import MixtureLinear
 from molora.routing import Routing
 from tests import behaviours, tiny

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from molora.eval.record import RoutingTape
-from molora.eval.recorder import RoutingRecorder
-from molora.eval.stats import RoutingStats
-from molora.eval.watch import collect_routing
+from molora.eval.counting.counter import RoutingRecorder
+from molora.eval.counting.stats import RoutingStats
+from molora.eval.counting.tape import RoutingTape
+from molora.eval.counting.watch import collect_routing
 from tests import tiny
 from tests.conftest import close
 

@@ -11,12 +11,12 @@ import torch
 
 from molora.data.examples import Example
 from molora.errors import ConfigError, MoloraError
-from molora.eval.ablate import ablate, purposes
+from molora.eval.ablation.section import ablate, purposes
+from molora.eval.counting.summary import summary
+from molora.eval.counting.tape import record_routing
+from molora.eval.counting.watch import collect_routing
 from molora.eval.ledger import Ledger
-from molora.eval.record import record_routing
-from molora.eval.score import batches, heldout_loss
-from molora.eval.summary import summary
-from molora.eval.watch import collect_routing
+from molora.eval.scoring.losses import batches, heldout_loss
 from tests import behaviours, tiny
 from tests.conftest import close
 from tests.planted import RULES, dealt

@@ -12,8 +12,8 @@ from rich.console import Console
 
 from molora import demo
 from molora.errors import CheckpointError
-from molora.eval.answer import Answers
 from molora.eval.document import read_document
+from molora.eval.scoring.fresh_process import Answers
 from tests import tiny_text
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 import molora
 from molora import context
 from molora.errors import ConfigError, MoloraError
-from molora.eval.edits import GATES, Edit, Scene, shuffled, top_1, uniform
-from molora.eval.recorder import routed_sites
+from molora.eval.ablation.edits import GATES, Edit, Scene, shuffled, top_1, uniform
+from molora.eval.counting.counter import routed_sites
 from molora.layers.banks.plain import ExpertBank
 from molora.layers.ffn import FFNRows
 from molora.layers.linear import MixtureLinear

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from molora.config import GateConfig
-from molora.eval.edits import GATES, Scene, random, shuffled, top_1, uniform
+from molora.eval.ablation.edits import GATES, Scene, random, shuffled, top_1, uniform
 from molora.routers.gates import gate
 from molora.routing import Routing
 from tests.conftest import close

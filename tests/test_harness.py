@@ -11,13 +11,13 @@ import pytest
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from molora.eval.choices import read_choices
+from molora.eval.counting.inputs import digest_of
+from molora.eval.counting.metrics import assignment_counts
+from molora.eval.counting.tape import record_routing
 from molora.eval.harness_model import MoloraLM
 from molora.eval.harness_rows import fed_tokens
-from molora.eval.inputs import digest_of
-from molora.eval.metrics import assignment_counts
-from molora.eval.record import record_routing
-from molora.eval.scores import scores
+from molora.eval.scoring.choices import read_choices
+from molora.eval.scoring.section import scores
 from tests.conftest import close
 from tests.lm_tasks import ANSWER, PROMPTS, QUESTIONS, STOPS, TEXTS, Place, evaluate, loaded, numbers, tiny_place
 from tests.tiny_text import tokenizer

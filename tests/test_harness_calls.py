@@ -24,8 +24,8 @@ import molora
 from molora.data.builtin.model import model_folder as real_model
 from molora.errors import AdapterError, ConfigError
 from molora.eval import harness
-from molora.eval.choices import likelihoods, read_choices
 from molora.eval.harness_model import MoloraLM
+from molora.eval.scoring.choices import likelihoods, read_choices
 from tests.conftest import close
 from tests.lm_tasks import Place, evaluate, loaded, numbers, tiny_place, write_tasks
 from tests.tiny import arm, write_adapter

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from molora.eval.lesions import favourites, silenced
-from molora.eval.recorder import routed_sites
+from molora.eval.ablation.lesions import favourites, silenced
+from molora.eval.counting.counter import routed_sites
 from molora.layers.linear import MixtureLinear
 from molora.surgery.install import sites_of
 from tests import behaviours, tiny

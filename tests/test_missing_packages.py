@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from molora.errors import ConfigError
-from molora.eval.figures import load_heatmaps
+from molora.eval.page.figures import load_heatmaps
 
 ROOT = Path(__file__).resolve().parent.parent
 # What a user does, without the package; the blocker acts like an environment where it was never installed.

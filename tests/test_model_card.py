@@ -18,7 +18,7 @@ import molora
 from molora.adapter.card_section import OPENING, put, without
 from molora.adapter.folder import read_adapter
 from molora.errors import AdapterError, ConfigError
-from molora.eval.card import routing_section, write_card
+from molora.eval.page.card import routing_section, write_card
 from molora.eval.verdict import verdict
 from tests import documents, tiny
 from tests.folders import save, small_tensors

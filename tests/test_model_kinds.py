@@ -15,7 +15,7 @@ import molora
 from molora.data.examples import IGNORED, Collator
 from molora.data.records import Record
 from molora.errors import ConfigError
-from molora.eval.tables import data_table
+from molora.eval.page.terminal_tables import data_table
 from molora.training import job
 from molora.training.arguments import DataArguments, ModelArguments, read_arguments
 from molora.training.images import encode_image

@@ -10,10 +10,10 @@ import transformers as tf
 
 import molora
 from molora.data.examples import Example
-from molora.eval.ablate import ablate
-from molora.eval.paired import Resampled, bounds, mixed
-from molora.eval.record import record_routing
-from molora.eval.score import batch_losses
+from molora.eval.ablation.section import ablate
+from molora.eval.counting.tape import record_routing
+from molora.eval.scoring.losses import batch_losses
+from molora.eval.scoring.paired import Resampled, bounds, mixed
 from tests import behaviours
 from tests.tiny import GQA, SMALL, VISION, arm, base_model
 

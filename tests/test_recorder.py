@@ -10,7 +10,7 @@ import torch
 
 import molora
 from molora.errors import ConfigError
-from molora.eval.watch import collect_routing
+from molora.eval.counting.watch import collect_routing
 from tests import tiny
 from tests.recorded import agree, padded, slow_counts
 

@@ -12,8 +12,8 @@ from safetensors.torch import load, save
 from torch import distributed
 
 from molora.errors import ConfigError
-from molora.eval import stats
-from molora.eval.stats import RoutingStats, merge, over_processes
+from molora.eval.counting import stats
+from molora.eval.counting.stats import RoutingStats, merge, over_processes
 from tests import tiny
 from tests.launched import free_port
 from tests.recorded import BATCHES, same, stats_of

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from molora.errors import ConfigError
-from molora.eval.report import render, write_report
-from molora.eval.report_tables import SECTIONS, key_figures, other_data, site_labels
+from molora.eval.page.report import render, write_report
+from molora.eval.page.tables import SECTIONS, key_figures, other_data, site_labels
 from tests import documents
 
 LIMIT = 8_000_000  # bytes; what mail and code hosts still take
@@ -112,7 +112,7 @@ def test_an_unfinished_write_leaves_the_old_page(
     def fail(*_: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("molora.eval.report.os.replace", fail)
+    monkeypatch.setattr("molora.eval.page.report.os.replace", fail)
     with pytest.raises(ConfigError, match="could not be written"):
         write_report([mixture], path)
     assert path.read_bytes() == old

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from molora.eval.report import write_report
+from molora.eval.page.report import write_report
 from tests import documents
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from molora.errors import ConfigError
-from molora.eval.figures import load_heatmaps, need_matplotlib, site_labels
-from molora.eval.metrics import (
+from molora.eval.counting.metrics import (
     assignment_counts,
     entropy,
     load,
@@ -19,6 +18,7 @@ from molora.eval.metrics import (
     mutual_information,
     permutation_p_value,
 )
+from molora.eval.page.figures import load_heatmaps, need_matplotlib, site_labels
 
 
 def test_assignments_leave_out_padding_and_empty_slots() -> None:

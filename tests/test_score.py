@@ -7,7 +7,7 @@ import torch
 import transformers as tf
 
 from molora.data.examples import IGNORED, Example, Record
-from molora.eval.score import answer, exact_match, generate, heldout_loss, prompt_text
+from molora.eval.scoring.losses import answer, exact_match, generate, heldout_loss, prompt_text
 from tests.tiny_text import model_folder, tokenizer
 
 

@@ -14,11 +14,11 @@ import transformers as tf
 
 from molora.data.examples import Record, encode
 from molora.errors import ConfigError
-from molora.eval.bootstrap import ratio_bounds
-from molora.eval.choices import Choice, choice_rows, likelihoods, picks, read_choices
 from molora.eval.ledger import Ledger
-from molora.eval.score import generate, prompt_text
-from molora.eval.scores import document_losses, scores
+from molora.eval.scoring.bootstrap import ratio_bounds
+from molora.eval.scoring.choices import Choice, choice_rows, likelihoods, picks, read_choices
+from molora.eval.scoring.losses import generate, prompt_text
+from molora.eval.scoring.section import document_losses, scores
 from tests.tiny_text import jsonl, model_folder, tokenizer
 
 TEXTS = [Record(text=t) for t in ("to be or not to be, that is the question: " * 3, "one two", "x" * 40)]

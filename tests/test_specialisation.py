@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from molora.errors import ConfigError
-from molora.eval.experts import expert_report, intruders, output_similarity, weight_similarity
-from molora.eval.metrics import coefficient_of_variation, dead, effective_experts
-from molora.eval.specialisation import (
+from molora.eval.counting.experts import expert_report, intruders, output_similarity, weight_similarity
+from molora.eval.counting.metrics import coefficient_of_variation, dead, effective_experts
+from molora.eval.counting.specialisation import (
     coactivation,
     divergence,
     information,
@@ -22,8 +22,8 @@ from molora.eval.specialisation import (
     transition,
     vocabulary_specialisation,
 )
-from molora.eval.stats import RoutingStats, SiteInfo, merge
-from molora.eval.summary import saturation_of, summary
+from molora.eval.counting.stats import RoutingStats, SiteInfo, merge
+from molora.eval.counting.summary import saturation_of, summary
 from tests import tiny
 from tests.recorded import BATCHES, stats_of
 

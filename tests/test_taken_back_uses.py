@@ -13,8 +13,8 @@ import torch
 import molora
 from molora.config.site import SiteConfig
 from molora.errors import AdapterError, CheckpointError, ConfigError
-from molora.eval.experts import expert_report
-from molora.eval.lesions import silenced
+from molora.eval.ablation.lesions import silenced
+from molora.eval.counting.experts import expert_report
 from molora.interop.export import export_merged
 from molora.load import restore
 from molora.training.plan.counts import activation_widths

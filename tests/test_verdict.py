@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from molora.errors import ConfigError
-from molora.eval.ablate import ablate
-from molora.eval.metrics import dead, effective_experts, entropy, load, max_violation
-from molora.eval.routing import record_domains
-from molora.eval.specialisation import information
-from molora.eval.summary import summary
+from molora.eval.ablation.section import ablate
+from molora.eval.counting.domains import record_domains
+from molora.eval.counting.metrics import dead, effective_experts, entropy, load, max_violation
+from molora.eval.counting.specialisation import information
+from molora.eval.counting.summary import summary
 from molora.eval.verdict import FAILURES, fails, verdict
 from tests.planted import RULES, dealt
 

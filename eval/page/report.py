@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from molora.errors import ConfigError
-from molora.eval.report_pack import compressed, embedded_json, pack
-from molora.eval.report_tables import (
+from molora.eval.page.pack import compressed, embedded_json, pack
+from molora.eval.page.tables import (
     definitions,
     expert_label,
     key_figures,

@@ -18,7 +18,7 @@ from molora.data.examples import IGNORED, Example
 from molora.data.sources import read_lines
 from molora.errors import ConfigError
 from molora.eval.ledger import Track, quiet
-from molora.eval.score import row_losses
+from molora.eval.scoring.losses import row_losses
 
 __all__ = ["Choice", "choice_rows", "likelihoods", "picks", "read_choices"]
 

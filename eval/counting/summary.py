@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from molora.errors import ConfigError
-from molora.eval.document import plain
-from molora.eval.metrics import (
+from molora.eval.counting.metrics import (
     coefficient_of_variation,
     dead,
     effective_experts,
@@ -19,7 +18,7 @@ from molora.eval.metrics import (
     load,
     max_violation,
 )
-from molora.eval.specialisation import (
+from molora.eval.counting.specialisation import (
     coactivation,
     divergence,
     information,
@@ -28,7 +27,8 @@ from molora.eval.specialisation import (
     transition,
     vocabulary_specialisation,
 )
-from molora.eval.stats import RoutingStats, Sample
+from molora.eval.counting.stats import RoutingStats, Sample
+from molora.eval.document import plain
 
 __all__ = ["SCHEMA", "saturation_of", "summary"]
 

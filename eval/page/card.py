@@ -12,7 +12,7 @@ from molora.adapter.atomic_save import CARD, edit_card
 from molora.adapter.card_section import put
 from molora.adapter.folder import read_adapter
 from molora.errors import ConfigError
-from molora.eval.report_tables import specialists
+from molora.eval.page.tables import specialists
 from molora.eval.verdict import verdict
 
 __all__ = ["routing_section", "write_card"]

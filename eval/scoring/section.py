@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from molora.data.examples import Example, Record, encode, learned
 from molora.errors import ConfigError
-from molora.eval.bootstrap import ratio_bounds
-from molora.eval.choices import Choice, likelihoods, picks
 from molora.eval.document import DIGITS
 from molora.eval.ledger import Ledger, Track, quiet
-from molora.eval.score import Scorer, answer_scores, row_losses
+from molora.eval.scoring.bootstrap import ratio_bounds
+from molora.eval.scoring.choices import Choice, likelihoods, picks
+from molora.eval.scoring.losses import Scorer, answer_scores, row_losses
 
 __all__ = ["SCHEMA", "document_losses", "scores"]
 
@@ -66,8 +66,8 @@ def scores(
     """All scores as plain values, numbers rounded; the same model, data and seed give the same bytes.
 
     ``perplexity`` by domain: exp of the loss in nats a token, over all tokens of the domain. ``multiple_choice``: see
-    :func:`molora.eval.choices.picks`; ``chance`` is what guessing gets. ``exact_match``: of the domains' conversations,
-    by task, or by domain where a record has no task; ``scorer`` says 1 for a right answer of at most
+    :func:`molora.eval.scoring.choices.picks`; ``chance`` is what guessing gets. ``exact_match``: of the domains'
+    conversations, by task, or by domain where a record has no task; ``scorer`` says 1 for a right answer of at most
     ``max_new_tokens``. Bounds hold 95 % of ``resamples`` draws of documents or questions. A key is missing where there
     is nothing of its kind. What ``ledger`` has from an earlier run is not computed again.
 

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from molora.data.examples import IGNORED, Collator, Example, learned
 from molora.errors import ConfigError
-from molora.eval.bootstrap import LEVEL
+from molora.eval.counting.inputs import digest_of
 from molora.eval.document import DIGITS
-from molora.eval.inputs import digest_of
-from molora.eval.score import is_seq2seq
+from molora.eval.scoring.bootstrap import LEVEL
+from molora.eval.scoring.losses import is_seq2seq
 
 __all__ = ["Mixed", "Resampled", "bounds", "mixed", "with_labels"]
 

@@ -12,7 +12,7 @@ from torch import Tensor, distributed
 
 from molora import processes
 from molora.errors import ConfigError
-from molora.eval.tally import length, parts
+from molora.eval.counting.tally import length, parts
 
 __all__ = ["RoutingStats", "Sample", "SiteInfo", "merge", "over_processes"]
 
@@ -72,7 +72,7 @@ class RoutingStats:
         self.samples: dict[Unit, Sample] = {}
 
     def site(self, index: int) -> dict[str, Tensor]:
-        """Sums of one site by name, see :func:`molora.eval.tally.parts`."""
+        """Sums of one site by name, see :func:`molora.eval.counting.tally.parts`."""
         return parts(self.sums[index], self.sites[index].experts)
 
     def columns(self, index: int) -> slice:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from molora.errors import ConfigError
-from molora.eval.inputs import ENCODER, continues, digest_of, main_input, streams
-from molora.eval.stats import BYTES, RoutingStats, Sample, SiteInfo
-from molora.eval.tally import Tally, exact, pair_counts, parts, tally
+from molora.eval.counting.inputs import ENCODER, continues, digest_of, main_input, streams
+from molora.eval.counting.stats import BYTES, RoutingStats, Sample, SiteInfo
+from molora.eval.counting.tally import Tally, exact, pair_counts, parts, tally
 from molora.routing import Routing
 from molora.surgery.install import sites_of
 

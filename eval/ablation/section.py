@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 from molora import context
 from molora.data.examples import Example
 from molora.errors import ConfigError, MoloraError
-from molora.eval.edits import Scene
+from molora.eval.ablation.edits import Scene
+from molora.eval.ablation.lesions import Intervention, check_each, gates, lesions, names_of, silenced
+from molora.eval.counting.counter import routed_sites
+from molora.eval.counting.metrics import assignment_counts
+from molora.eval.counting.stats import SiteInfo
 from molora.eval.ledger import Ledger, Track, quiet
-from molora.eval.lesions import Intervention, check_each, gates, lesions, names_of, silenced
-from molora.eval.metrics import assignment_counts
-from molora.eval.paired import Mixed, Resampled, bounds, mixed, with_labels
-from molora.eval.recorder import routed_sites
-from molora.eval.score import batch_losses
-from molora.eval.stats import SiteInfo
+from molora.eval.scoring.losses import batch_losses
+from molora.eval.scoring.paired import Mixed, Resampled, bounds, mixed, with_labels
 from molora.model import MixtureModel
 from molora.routing import Routing
 
@@ -121,8 +121,8 @@ def ablate(
 ) -> dict[str, Any]:
     """Loss by domain as trained and under each intervention, as plain values; the same seed gives the same bytes.
 
-    ``interventions``: the adapter off, each of :data:`molora.eval.edits.GATES`, and lesions. ``delta`` is the loss
-    under it minus the loss as trained, in nats a label, with 95 % bounds over documents resampled within their domain,
+    ``interventions``: the adapter off, each of :data:`molora.eval.ablation.edits.GATES`, and lesions. ``delta`` is the
+    loss under it minus the loss as trained, in nats a label, with 95 % bounds over documents resampled within their domain,
     the same ones in both losses. ``worst``: of the domains whose lower bound is above 0 the one with the largest delta.
 
     Args:

@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from molora.errors import ConfigError, nearest
-from molora.eval.edits import GATES, Edit
-from molora.eval.figures import site_labels
-from molora.eval.specialisation import lift
-from molora.eval.stats import SiteInfo
+from molora.eval.ablation.edits import GATES, Edit
+from molora.eval.counting.specialisation import lift
+from molora.eval.counting.stats import SiteInfo
+from molora.eval.page.figures import site_labels
 from molora.surgery.install import sites_of
 
 __all__ = ["EACH", "MOST", "Intervention", "check_each", "favourites", "gates", "lesions", "names_of", "silenced"]

@@ -1,6 +1,6 @@
 """Answer prompts in a process of its own, with nothing but what is on disk.
 
-``python -m molora.eval.answer`` reads a job from stdin and writes the answers to stdout, both JSON:
+``python -m molora.eval.scoring.fresh_process`` reads a job from stdin and writes the answers to stdout, both JSON:
 ``{"base": folder, "dtype": "bfloat16", "adapter": folder, "prompts": {name: text}, "max_new_tokens": 32}`` and
 ``{"texts": {name: answer}, "peak_gb": 1.5}``.
 """
@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from molora.errors import CheckpointError
-from molora.eval.score import answer
+from molora.eval.scoring.losses import answer
 from molora.load import load
 
 __all__ = ["Answers", "fresh_answers", "peak_gb"]
@@ -42,11 +42,11 @@ def fresh_answers(base: Path, dtype: str, adapter: Path, prompts: Mapping[str, s
         CheckpointError: the process failed, with the end of what it said, or took too long.
     """
     job = {"base": os.fspath(base), "dtype": dtype, "adapter": os.fspath(adapter), "prompts": dict(prompts)}
-    checkout = os.fspath(Path(__file__).absolute().parents[2])
+    checkout = os.fspath(Path(__file__).absolute().parents[3])
     paths = os.pathsep.join(p for p in (checkout, os.environ.get("PYTHONPATH", "")) if p)
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "molora.eval.answer"],
+            [sys.executable, "-m", "molora.eval.scoring.fresh_process"],
             input=json.dumps({**job, "max_new_tokens": max_new_tokens}),
             capture_output=True,
             text=True,

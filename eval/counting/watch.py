@@ -12,8 +12,8 @@ from torch import nn
 
 from molora import context
 from molora.errors import ConfigError
-from molora.eval.inputs import ENCODER, main_input
-from molora.eval.recorder import RoutingRecorder
+from molora.eval.counting.counter import RoutingRecorder
+from molora.eval.counting.inputs import ENCODER, main_input
 from molora.forward.frame import arguments_of
 from molora.model import MixtureModel
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from molora.eval.inputs import digest_of
+from molora.eval.counting.inputs import digest_of
 from molora.routing import Routing
 
 __all__ = ["GATES", "Edit", "Scene", "frozen", "random", "shuffled", "top_1", "uniform"]

@@ -1,6 +1,6 @@
 """What experts attend to: domains, each other, token ids, and whether choices have settled. Pure functions of counts.
 
-Letters as in ``eval/metrics.py``, and V: token ids, W: bootstrap resamples.
+Letters as in ``eval/counting/metrics.py``, and V: token ids, W: bootstrap resamples.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.eval.bootstrap import LEVEL
-from molora.eval.metrics import group_counts, load, mutual_information, permutation_p_value
+from molora.eval.counting.metrics import group_counts, load, mutual_information, permutation_p_value
+from molora.eval.scoring.bootstrap import LEVEL
 
 __all__ = [
     "coactivation",

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel
 
 from molora.data.examples import Example
 from molora.errors import ConfigError
+from molora.eval.counting.counter import routed_sites
+from molora.eval.counting.stats import RoutingStats, merge
+from molora.eval.counting.watch import collect_routing
 from molora.eval.ledger import Ledger, Track, quiet
-from molora.eval.recorder import routed_sites
-from molora.eval.score import batches
-from molora.eval.stats import RoutingStats, merge
-from molora.eval.watch import collect_routing
+from molora.eval.scoring.losses import batches
 
 __all__ = ["check_choice", "record_domains", "token_texts"]
 

@@ -1,0 +1,1 @@
+"""Where tokens go: recorded whole, or counted while a model runs; and what the counts say."""

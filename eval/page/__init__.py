@@ -1,0 +1,1 @@
+"""What a person sees of an evaluation: the page, pictures, tables in the terminal, the card."""
