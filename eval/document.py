@@ -1,10 +1,10 @@
 """evaluation.json: everything that an evaluation found, one file a run, the source of every report.
 
 ``schema``, ``name`` and ``provenance`` (adapter, base, data, settings, versions) always; ``routing``
-(:mod:`molora.eval.counting.summary`), ``experts`` (:mod:`molora.eval.counting.experts`), ``scores`` (:mod:`molora.eval.scoring.losses`),
-``ablation`` (:mod:`molora.eval.ablation.section`) and ``training`` (the Trainer's log) where they were made; ``tokens``: the text
-of every token id that stands in it; ``expert_names``: where experts come from adapters. It holds no time of day, so the
-same evaluation gives the same bytes.
+(:mod:`molora.eval.counting.summary`), ``experts`` (:mod:`molora.eval.counting.experts`), ``scores``
+(:mod:`molora.eval.scoring.section`), ``ablation`` (:mod:`molora.eval.ablation.section`) and ``training`` (the Trainer's
+log) where they were made; ``tokens``: the text of every token id that stands in it; ``expert_names``: where experts
+come from adapters. It holds no time of day, so the same evaluation gives the same bytes.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from molora import busy
+from molora.cli import busy
 
 CORES = 8
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from molora import cli
+from molora.cli import main as cli
 from molora.recipes import RECIPES
 from tests import tiny_text
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from molora import demo
+from molora.cli import demo
 from molora.errors import CheckpointError
 from molora.eval.document import read_document
 from molora.eval.scoring.fresh_process import Answers

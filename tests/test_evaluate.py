@@ -13,9 +13,10 @@ import torch
 import transformers as tf
 
 import molora
-from molora import cli, cli_eval
+from molora.cli import eval as eval_command
+from molora.cli import main as cli
+from molora.cli.evaluate import Evaluation, EvaluationArguments
 from molora.eval.document import FILE, read_document
-from molora.evaluate import Evaluation, EvaluationArguments
 from tests import tiny_text
 from tests.tiny import arm
 
@@ -48,7 +49,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["molora", *map(str, arguments)])
-        for console in (cli_eval.output, cli.errors):
+        for console in (eval_command.output, cli.errors):
             monkeypatch.setattr(console, "_width", 200)
         with pytest.raises(SystemExit) as end:
             cli.main()

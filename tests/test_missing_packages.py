@@ -27,7 +27,7 @@ import importlib.util
 real = importlib.util.find_spec
 importlib.util.find_spec = lambda n, *a: None if n.partition(".")[0] in {packages!r} else real(n, *a)
 """
-COMMAND = "sys.argv = ['molora', *{arguments!r}]\nfrom molora.cli import main\nmain()"
+COMMAND = "sys.argv = ['molora', *{arguments!r}]\nfrom molora.cli.main import main\nmain()"
 TRAIN = ["train", "--config", str(ROOT / "training/configs/demo_mixlora.yaml"), "--max_steps", "1"]
 CASES = {
     "train without accelerate": (("accelerate", "peft"), COMMAND.format(arguments=TRAIN), "molora[train]"),

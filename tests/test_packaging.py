@@ -18,7 +18,7 @@ DATA_PATTERNS = (
     "training/launch/*.sh",
     "training/configs/*.yaml",
     "training/configs/shapes/*.json",
-    "eval/templates/*",
+    "eval/page/templates/*",
 )
 OPTIONAL = (
     "deepspeed",

@@ -122,8 +122,9 @@ def ablate(
     """Loss by domain as trained and under each intervention, as plain values; the same seed gives the same bytes.
 
     ``interventions``: the adapter off, each of :data:`molora.eval.ablation.edits.GATES`, and lesions. ``delta`` is the
-    loss under it minus the loss as trained, in nats a label, with 95 % bounds over documents resampled within their domain,
-    the same ones in both losses. ``worst``: of the domains whose lower bound is above 0 the one with the largest delta.
+    loss under it minus the loss as trained, in nats a label, with 95 % bounds over documents resampled within their
+    domain, the same ones in both losses. ``worst``: of the domains whose lower bound is above 0 the one with the
+    largest delta.
 
     Args:
         model: converted; put into eval mode.

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedModel
 
+from molora.cli.evaluate import Evaluation, EvaluationArguments
 from molora.data.builtin.domains import score_answer
 from molora.data.builtin.model import model_folder
 from molora.data.records import source
@@ -32,7 +33,6 @@ from molora.eval.page.terminal_tables import data_table, result_table, verdicts
 from molora.eval.scoring.fresh_process import fresh_answers, peak_gb
 from molora.eval.scoring.losses import answer, exact_match, heldout_loss, prompt_text
 from molora.eval.verdict import verdict
-from molora.evaluate import Evaluation, EvaluationArguments
 from molora.extras import package_folder
 from molora.training.arguments import Arguments, read_arguments
 from molora.training.job import load_base, load_tokenizer, mixture, recipe_config, train

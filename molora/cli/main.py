@@ -16,14 +16,14 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 from molora import processes
-from molora.busy import spare_busy_cores
-from molora.cli_eval import add_commands
+from molora.cli.busy import spare_busy_cores
+from molora.cli.eval import add_commands
 from molora.errors import ConfigError, MoloraError
 from molora.extras import missing
 
 __all__ = ["app", "main"]
 
-CONFIGS = Path(__file__).parent / "training" / "configs"
+CONFIGS = Path(__file__).parents[1] / "training" / "configs"
 DEMO = (CONFIGS / "demo_mixlora.yaml", CONFIGS / "demo_lora.yaml")
 EXTRAS = {"accelerate": "train", "datasets": "train", "deepspeed": "train", "peft": "peft"}  # package: extra
 EXTRAS |= {"jinja2": "eval", "matplotlib": "eval", "plotly": "eval"}
@@ -148,7 +148,7 @@ def demo(
     Arguments are changed as in `molora train`, for all runs: `--train_examples 80`, `--model_name_or_path my/model`,
     `--domains '{law: law.jsonl, math: math.jsonl}' --heldout_domains '{}' --weights '{}'`.
     """
-    from molora.demo import run_demo
+    from molora.cli.demo import run_demo
 
     spare_busy_cores(errors)
     report = run_demo(config or list(DEMO), out, ctx.args, output)
@@ -171,7 +171,7 @@ def bench(
     suites = {"cpu": "benchmarks.cpu", "gpu": "benchmarks.gpu", "tune": "benchmarks.tune"}
     if suite not in suites:
         raise ConfigError(f"bench: got {suite!r}, expected one of {', '.join(suites)}")
-    checkout = Path(__file__).resolve().parent.parent
+    checkout = Path(__file__).resolve().parents[2]
     if not (checkout / "benchmarks").is_dir():
         raise ConfigError(f"bench: {checkout} has no folder benchmarks; run it from a checkout of the project")
     sys.path.insert(0, str(checkout))
@@ -188,7 +188,7 @@ def info(
     ] = False,
 ) -> None:
     """Show versions and the recipes; with a recipe's name, its options; with --kernels, the choice of kernels."""
-    from molora.info import show_kernels, show_recipe, show_versions
+    from molora.cli.info import show_kernels, show_recipe, show_versions
 
     if kernels:
         show_kernels(output)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from molora.busy import spare_busy_cores
+from molora.cli.busy import spare_busy_cores
 from molora.errors import ConfigError, nearest
 
 __all__ = ["add_commands"]
@@ -95,8 +95,8 @@ def evaluate(
     Intervals are 95 % bootstrap bounds over documents; figures of specialisation stand beside those of shuffled labels.
     Ctrl-C loses nothing that was finished: the same command goes on. `molora report OUT` makes a page of it.
     """
+    from molora.cli.evaluate import Evaluation, EvaluationArguments
     from molora.eval.ledger import bar
-    from molora.evaluate import Evaluation, EvaluationArguments
 
     arguments = EvaluationArguments(
         adapter, _pairs("--domain", domain), out, config, base, name, documents, max_length, batch_size, dtype, seed
