@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from molora.kernels import functional, grouped_ops
+from molora.kernels import functional
 from molora.kernels.reference import Layout, rank_mix_concat
+from molora.kernels.sorted import ops as grouped_ops
 
 
 class Mixture(NamedTuple):

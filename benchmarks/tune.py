@@ -24,9 +24,9 @@ from rich.table import Table
 from benchmarks.gpu import timed
 from benchmarks.timing import ROOT
 from molora.errors import ConfigError
-from molora.kernels import launch
-from molora.kernels.configs import TILES, Tile
 from molora.kernels.gates import Gates
+from molora.kernels.rank import launch
+from molora.kernels.tiles import TILES, Tile
 
 WIDE = 4096
 ROWS = {"many": 8192, "few": 16}

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from molora.errors import ConfigError, nearest
-from molora.kernels import functional, grouped_ops, reference
-from molora.kernels.configs import MAX_RANK, RIDGE
-from molora.kernels.glu_ops import MAX_GLU_RANK
-from molora.kernels.ops import INTERPRETED
+from molora.kernels import functional, reference
+from molora.kernels.glu.ops import MAX_GLU_RANK
+from molora.kernels.rank.ops import INTERPRETED
 from molora.kernels.reference import Half, Layout
+from molora.kernels.sorted import ops as grouped_ops
+from molora.kernels.tiles import MAX_RANK, RIDGE
 from molora.routing import Routing, as_dtype, autocast_on
 
 __all__ = ["KERNELS", "Call", "Choice", "Kernel", "add_ranks", "choose", "contract_slots", "expand_slots", "known"]

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from molora.errors import ConfigError
 from molora.kernels.checks import expect, lowered
-from molora.kernels.configs import MAX_RANK
-from molora.kernels.glu_ops import mix_glu
-from molora.kernels.grouped_ops import gather_mix, grouped_lora, sorted_mix
-from molora.kernels.ops import rank_mix_linear_op, rank_mix_op
-from molora.kernels.slot_ops import contract_slots_op, expand_slots_op
+from molora.kernels.glu.ops import mix_glu
+from molora.kernels.rank.ops import rank_mix_linear_op, rank_mix_op
+from molora.kernels.rank.slot_ops import contract_slots_op, expand_slots_op
+from molora.kernels.sorted.ops import gather_mix, grouped_lora, sorted_mix
+from molora.kernels.tiles import MAX_RANK
 
 __all__ = ["contract_slots", "expand_slots", "gather_mix", "grouped_lora", "mix_glu", "rank_mix", "rank_mix_linear"]
 __all__ += ["rank_mix_linears", "sorted_mix"]

@@ -14,8 +14,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from molora.kernels import concat
-from molora.kernels.configs import FUSED_RANK, TILES, Tile
+from molora.kernels.rank import programs as concat
+from molora.kernels.tiles import FUSED_RANK, TILES, Tile
 
 ARCHS = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that one program may use

@@ -1,12 +1,12 @@
-"""What of ``kernels/glu.py`` is compiled ahead of time: each tile of the table, and the largest in its other forms."""
+"""What of ``kernels/glu/`` is compiled ahead of time: each tile of the table, and the largest in its other forms."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from molora.kernels import glu
-from molora.kernels.glu_launch import MAX_UNROLL
+from molora.kernels.glu import programs as glu
+from molora.kernels.glu.launch import MAX_UNROLL
 from tests import aot
 
 LARGEST = 128

@@ -1,12 +1,12 @@
-"""What of ``kernels/grouped.py`` is compiled ahead of time: each tile both ways, the largest in every form."""
+"""What of ``kernels/sorted/programs.py`` is compiled ahead of time: each tile both ways, the largest in every form."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from molora.kernels import grouped
-from molora.kernels.grouped_launch import GATHER_EXPAND, GATHER_SHRINK
+from molora.kernels.sorted import programs as grouped
+from molora.kernels.sorted.launch import GATHER_EXPAND, GATHER_SHRINK
 from tests import aot
 
 # The order of rows and what stands beside the elements; two slots of 64 experts.

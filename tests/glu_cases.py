@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from molora.kernels.glu_eager import Glu
+from molora.kernels.glu.eager import Glu
 
 NAMES = ("U", "V", "H1", "H3", "B1", "B3", "A2", "weights")
 

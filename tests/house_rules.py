@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("kernels", "routers", "training", "eval")
 ALSO_CHECKED = ("benchmarks", "tests")
 
-# Bottom up, as in ARCHITECTURE.md. A file imports from lower floors only; on the ground floor and inside a folder, files
-# import each other, without a circle.
+# Bottom up, as in ARCHITECTURE.md. A file imports from lower floors only; on the ground floor and inside a folder,
+# files import each other, without a circle.
 GROUND = ("errors", "activations", "processes", "extras", "seeds", "routing")
 FLOORS: tuple[tuple[str, ...], ...] = (
     GROUND,
@@ -54,7 +54,7 @@ def project_files() -> list[Path]:
 
 
 def module_name(path: Path) -> str:
-    """kernels/concat.py -> molora.kernels.concat; molora/recipes/__init__.py -> molora.recipes."""
+    """kernels/rank/programs.py -> molora.kernels.rank.programs; molora/recipes/__init__.py -> molora.recipes."""
     parts = path.with_suffix("").parts
     if parts[0] in LINKED:
         parts = ("molora", *parts)

@@ -8,7 +8,7 @@ import torch
 from benchmarks import gpu, gpu_peers, tune
 from molora.errors import ConfigError
 from molora.kernels import dispatch
-from molora.kernels.configs import TILES
+from molora.kernels.tiles import TILES
 from tests.conftest import close
 
 pytestmark = pytest.mark.skipif(dispatch.INTERPRETED, reason="plain PyTorch is what is looked at")

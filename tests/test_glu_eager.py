@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from molora.activations import ACTIVATIONS
 from molora.errors import ConfigError
-from molora.kernels import glu_eager
-from molora.kernels.glu_ops import mix_glu, mix_glu_backward_op, mix_glu_op
+from molora.kernels.glu import eager as glu_eager
+from molora.kernels.glu.ops import mix_glu, mix_glu_backward_op, mix_glu_op
 from tests.conftest import close
 from tests.glu_cases import CASES, NAMES, Case, by_the_formula, in_float64, off_by, operands, results
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from molora.errors import ConfigError
-from molora.kernels import grouped_ops
-from molora.kernels.configs import TILES
-from molora.kernels.grouped_ops import gather_mix, grouped_lora, sorted_mix
 from molora.kernels.reference import rank_mix_loop
-from molora.kernels.sort import most_tiles, order_of_ends, order_of_ids, tile_ends
+from molora.kernels.sorted import ops as grouped_ops
+from molora.kernels.sorted.ops import gather_mix, grouped_lora, sorted_mix
+from molora.kernels.sorted.order import most_tiles, order_of_ends, order_of_ids, tile_ends
+from molora.kernels.tiles import TILES
 from tests.conftest import close
 from tests.test_kernels_reference import layout_of
 

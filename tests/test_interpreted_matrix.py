@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the extra 'triton' is not installed")
 
-from molora.kernels.configs import TILES
+from molora.kernels.tiles import TILES
 from tests.test_interpreted import run
 
 CELLS = {

@@ -12,8 +12,8 @@ from torch.library import opcheck
 
 from molora.errors import ConfigError
 from molora.kernels import dispatch, functional
-from molora.kernels.ops import rank_mix_linear_op, rank_mix_op
-from molora.kernels.slot_ops import contract_slots_op, expand_slots_op
+from molora.kernels.rank.ops import rank_mix_linear_op, rank_mix_op
+from molora.kernels.rank.slot_ops import contract_slots_op, expand_slots_op
 
 pytestmark = pytest.mark.skipif(dispatch.INTERPRETED, reason="float64 is for plain PyTorch")
 

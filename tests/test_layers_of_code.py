@@ -139,10 +139,10 @@ def test_method_name_rule_allows_explanations():
 
 def test_hiding_rule_catches():
     assert len(hiding_faults(Path("kernels/triton.py"), "import triton.language as tl", set())) == 1
-    assert len(hiding_faults(Path("kernels/grouped.py"), "import triton", {"triton", "grouped"})) == 1
+    assert len(hiding_faults(Path("kernels/sorted/programs.py"), "import triton", {"triton", "grouped"})) == 1
     assert len(hiding_faults(Path("kernels/hub.py"), "from kernels import get_kernel", set())) == 1
 
 
 def test_length_rule_catches():
-    assert length_faults("molora/layers/banks/plain.py", 250) == length_faults("kernels/sort.py", 400) == []
-    assert len(length_faults("molora/layers/banks/plain.py", 401)) == len(length_faults("kernels/sort.py", 401)) == 1
+    assert length_faults("kernels/sorted/order.py", 400) == []
+    assert len(length_faults("kernels/sorted/order.py", 401)) == 1

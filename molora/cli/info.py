@@ -50,8 +50,8 @@ def show_kernels(output: Console) -> None:
     """Which kernel ``auto`` takes on CUDA for some shapes and why, and which can be asked for here."""
     import torch
 
-    from molora.kernels.configs import tile
     from molora.kernels.dispatch import KERNELS, Call, choose
+    from molora.kernels.tiles import tile
 
     here = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.cuda.get_device_name() if here == "cuda" else "no CUDA device"

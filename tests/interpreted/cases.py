@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from molora.kernels import eager, launch, ops
+from molora.kernels.rank import eager, launch, ops
 from tests.tolerances import close
 
 DEVICE = "cpu" if launch.INTERPRETED else "cuda"
@@ -125,7 +125,7 @@ def leaves_of(a: dict[str, Any]) -> dict[str, Tensor]:
 def steps(module: Any) -> Iterator[None]:
     """Run the operators with other steps: ``eager`` instead of the kernels."""
     before = ops.steps_for
-    import molora.kernels.slot_ops as slot_ops
+    import molora.kernels.rank.slot_ops as slot_ops
 
     ops.steps_for = slot_ops.steps_for = lambda x: module
     try:

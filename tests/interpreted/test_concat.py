@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from molora.kernels import configs, functional
+from molora.kernels import functional
+from molora.kernels import tiles as configs
 from tests.interpreted.cases import DEVICE, Case, check, exact, gates_TR, gradients, leaves_of, same_rows, tensors
 
 HALF = (torch.float16, torch.bfloat16)

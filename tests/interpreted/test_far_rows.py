@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from molora.kernels import functional, grouped_ops
-from molora.kernels.launch import REACH
+from molora.kernels import functional
+from molora.kernels.rank.launch import REACH
+from molora.kernels.sorted import ops as grouped_ops
 from tests.conftest import close
 from tests.interpreted.cases import DEVICE, Case, tensors
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from molora.activations import ACTIVATIONS
-from molora.kernels import glu_eager
-from molora.kernels.glu_eager import Glu
-from molora.kernels.glu_ops import mix_glu
-from molora.kernels.launch import INTERPRETED
+from molora.kernels.glu import eager as glu_eager
+from molora.kernels.glu.eager import Glu
+from molora.kernels.glu.ops import mix_glu
+from molora.kernels.rank.launch import INTERPRETED
 from tests.glu_cases import CASES, NAMES, Case, by_the_formula, cotangents, in_float64, off_by, operands, results
 
 UNITS = {torch.float32: 8, torch.float16: 1, torch.bfloat16: 2}

@@ -11,7 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from molora.kernels import configs, grouped_eager, grouped_ops
+from molora.kernels import tiles as configs
+from molora.kernels.sorted import eager as grouped_eager
+from molora.kernels.sorted import ops as grouped_ops
 from tests.interpreted.cases import DEVICE, FLOOR, Case, distance, exact, gradients, leaves_of, same_rows, tensors
 
 BF16, FP16 = torch.bfloat16, torch.float16

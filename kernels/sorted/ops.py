@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from molora.errors import ConfigError
-from molora.kernels import grouped_eager
 from molora.kernels.checks import expect, lowered
-from molora.kernels.ops import INTERPRETED
-from molora.kernels.sort import Groups, Order, order_of_ends, order_of_ids
+from molora.kernels.rank.ops import INTERPRETED
+from molora.kernels.sorted import eager as grouped_eager
+from molora.kernels.sorted.order import Groups, Order, order_of_ends, order_of_ids
 
 __all__ = ["MAX_EXPERT_RANK", "gather_mix", "gather_mix_op", "grouped_lora", "sorted_mix", "sorted_mix_op"]
 
@@ -31,7 +31,7 @@ MAX_EXPERT_RANK = 128  # ranks of one expert that a program of the sorted kernel
 def _steps(x: Tensor) -> ModuleType:
     """The computation on the device of ``x``."""
     if x.is_cuda or INTERPRETED:
-        from molora.kernels import grouped_launch
+        from molora.kernels.sorted import launch as grouped_launch
 
         return grouped_launch
     return grouped_eager

@@ -1,4 +1,4 @@
-"""The steps of :mod:`molora.kernels.launch` in plain PyTorch: the same names, arguments and results, any float dtype.
+"""The steps of :mod:`molora.kernels.rank.launch` in plain PyTorch: the same names and results, any float dtype.
 
 The operators run these on a CPU, and they say what each Triton kernel computes. Sums of half-precision products are
 left to the matrix library.

@@ -17,7 +17,7 @@ __all__ = ["Glu", "Grads", "backward", "forward"]
 
 
 class Glu(NamedTuple):
-    """The operands of ``mix_glu``; see :func:`molora.kernels.glu_ops.mix_glu`."""
+    """The operands of ``mix_glu``; see :func:`molora.kernels.glu.ops.mix_glu`."""
 
     U: Tensor
     V: Tensor

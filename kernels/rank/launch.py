@@ -10,9 +10,9 @@ import torch
 import triton
 from torch import Tensor
 
-from molora.kernels import concat
-from molora.kernels.configs import FUSED_RANK, Tile, ceil_div, splits, tile, walk
 from molora.kernels.gates import ALWAYS, Gates
+from molora.kernels.rank import programs as concat
+from molora.kernels.tiles import FUSED_RANK, Tile, ceil_div, splits, tile, walk
 
 __all__ = ["INTERPRETED", "contract", "contract_gated", "contract_gated_backward", "expand", "gate_parts"]
 __all__ += ["outer", "partial_products", "slot_gates"]

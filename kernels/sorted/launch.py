@@ -11,10 +11,10 @@ import torch
 import triton
 from torch import Tensor
 
-from molora.kernels import grouped
-from molora.kernels.configs import Tile, ceil_div, splits, tile, walk
-from molora.kernels.launch import INTERPRETED
-from molora.kernels.sort import Groups, most_tiles, tile_ends
+from molora.kernels.rank.launch import INTERPRETED
+from molora.kernels.sorted import programs as grouped
+from molora.kernels.sorted.order import Groups, most_tiles, tile_ends
+from molora.kernels.tiles import Tile, ceil_div, splits, tile, walk
 
 __all__ = ["GATHER_EXPAND", "GATHER_SHRINK", "gather", "mix", "mix_backward"]
 

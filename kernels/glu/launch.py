@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.kernels import glu
-from molora.kernels.configs import Tile, ceil_div, rank_block, splits, tile
 from molora.kernels.gates import Gates
-from molora.kernels.glu_eager import Glu, Grads
-from molora.kernels.launch import INTERPRETED, slot_gates
+from molora.kernels.glu import programs as glu
+from molora.kernels.glu.eager import Glu, Grads
+from molora.kernels.rank.launch import INTERPRETED, slot_gates
+from molora.kernels.tiles import Tile, ceil_div, rank_block, splits, tile
 
 __all__ = ["MAX_UNROLL", "backward", "forward"]
 

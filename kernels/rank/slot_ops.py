@@ -3,7 +3,7 @@
     expand_slots:    y[t, k] = base[t] + s B_e A_e x[t]             e = ids[t, k]
     contract_slots:  y[t]    = sum_k w[t, k] s B_e A_e h[t, k]
 
-As :mod:`molora.kernels.ops` in every other way. An empty slot (id below 0, or of no expert) gets the base alone in
+As :mod:`molora.kernels.rank.ops` in every other way. An empty slot (id below 0, or of no expert) gets the base alone in
 the first and adds nothing in the second.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from molora.kernels.gates import Gates
-from molora.kernels.ops import empty, steps_for
+from molora.kernels.rank.ops import empty, steps_for
 
 __all__ = ["contract_slots_op", "expand_slots_op"]
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.kernels import eager
 from molora.kernels.gates import Gates
+from molora.kernels.rank import eager
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -28,7 +28,7 @@ __all__ = ["INTERPRETED", "empty", "rank_mix_linear_op", "rank_mix_op", "steps_f
 def steps_for(x: Tensor) -> ModuleType:
     """The computation on the device of ``x``."""
     if x.is_cuda or INTERPRETED:
-        from molora.kernels import launch
+        from molora.kernels.rank import launch
 
         return launch
     return eager

@@ -4,8 +4,9 @@
 
 ``grouped_shrink`` is the product over a wide dimension with the gate behind it (forward A x, backward B^T dy),
 ``grouped_expand`` the product back to one (forward B h, backward A^T dh), ``grouped_outer`` the gradients of A and B.
-Rows are taken in the order of :mod:`molora.kernels.sort`. A slot holds each token once, so expanding one slot after
-the other needs no atomics: no two programs of a pass write the same row, and every pass adds to what the last left.
+Rows are taken in the order of :mod:`molora.kernels.sorted.order`. A slot holds each token once, so expanding one slot
+after the other needs no atomics: no two programs of a pass write the same row, and every pass adds to what the last
+left.
 
 Tensors in rank space are (T, SLOTS, RANK), RANK the largest rank of an expert; ranks that an expert lacks hold 0.
 With EVEN all experts have RANK ranks, and where they start is known when the kernel is compiled, which is what lets
@@ -17,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from molora.kernels.concat import dot
+from molora.kernels.rank.programs import dot
 
 __all__ = ["gather_expand_kernel", "gather_shrink_kernel", "grouped_expand_kernel", "grouped_outer_kernel"]
 __all__ += ["grouped_shrink_kernel"]

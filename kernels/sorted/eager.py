@@ -1,4 +1,4 @@
-"""The steps of :mod:`molora.kernels.grouped_launch` in plain PyTorch, expert by expert, for tensors on a CPU.
+"""The steps of :mod:`molora.kernels.sorted.launch` in plain PyTorch, expert by expert, for tensors on a CPU.
 
 The same names, arguments and results, in any float dtype. Groups are walked with a loop on the host: their sizes are
 in its own memory.
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from molora.kernels.sort import Groups
+from molora.kernels.sorted.order import Groups
 
 __all__ = ["gather", "mix", "mix_backward"]
 

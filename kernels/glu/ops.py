@@ -1,6 +1,6 @@
 """The middle of a feed-forward block of experts as one operator, and the function that callers use.
 
-As :mod:`molora.kernels.ops` in every way: functional, no host synchronisation, deterministic, the backward pass an
+As :mod:`molora.kernels.rank.ops` in every way: functional, no host synchronisation, deterministic, the backward pass an
 operator of its own. float64 runs in plain PyTorch on every device.
 """
 
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from molora.activations import ACTIVATIONS
 from molora.errors import ConfigError, nearest
-from molora.kernels import eager, glu_eager
-from molora.kernels.glu_eager import Glu, Grads
-from molora.kernels.ops import empty, steps_for
+from molora.kernels.glu import eager as glu_eager
+from molora.kernels.glu.eager import Glu, Grads
+from molora.kernels.rank import eager
+from molora.kernels.rank.ops import empty, steps_for
 
 __all__ = ["MAX_GLU_RANK", "mix_glu", "mix_glu_backward_op", "mix_glu_op"]
 
@@ -116,7 +117,7 @@ def _plain(U: Tensor) -> bool:
 def _forward_for(U: Tensor) -> Callable[[Glu], tuple[Tensor, Tensor]]:
     if _plain(U):
         return glu_eager.forward
-    from molora.kernels import glu_launch
+    from molora.kernels.glu import launch as glu_launch
 
     return glu_launch.forward
 
@@ -124,7 +125,7 @@ def _forward_for(U: Tensor) -> Callable[[Glu], tuple[Tensor, Tensor]]:
 def _backward_for(U: Tensor) -> Callable[[Glu, Tensor, Tensor, list[bool]], Grads]:
     if _plain(U):
         return glu_eager.backward
-    from molora.kernels import glu_launch
+    from molora.kernels.glu import launch as glu_launch
 
     return glu_launch.backward
 

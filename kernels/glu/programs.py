@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from molora.kernels.concat import dot
+from molora.kernels.rank.programs import dot
 
 __all__ = ["glu_columns_kernel", "glu_kernel", "glu_rows_kernel"]
 

@@ -1,0 +1,1 @@
+"""The middle of a gated feed-forward block, all chosen experts at once."""

@@ -1,0 +1,1 @@
+"""Tokens sorted by expert: each row meets the ranks of one expert."""
