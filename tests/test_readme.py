@@ -44,7 +44,7 @@ def test_the_tree_names_what_is_there():
     assert all((ROOT / name).exists() for name in top), top
     for part in re.split(r"\n(?=\S)", tree.strip()):  # a folder, and what stands in it
         folder, _, rest = part.partition("\n")
-        for name in re.findall(r"[a-z_]+\.py|[a-z]+/", rest):
+        for name in re.findall(r"[a-z_]+\.py|[a-z_]+/", rest):
             assert (ROOT / folder.split()[0] / name).exists(), name
 
 
