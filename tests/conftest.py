@@ -15,14 +15,16 @@ import pytest
 import torch
 import transformers
 
-from tests import tolerances
-from tests.marks import claims_bits
-from tests.tolerances import TOLERANCES, close
+from tests.support import tolerances
+from tests.support.marks import claims_bits
+from tests.support.tolerances import TOLERANCES, close
 
 __all__ = ["TOLERANCES", "close"]
 
 # Triton kernels run compiled, or in the interpreter, which has to be on from the start: see test_interpreted.py.
-collect_ignore = [] if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+collect_ignore = (
+    [] if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1" else ["kernels/interpreted"]
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -74,7 +76,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def specialists(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The mixture of tests/planted.py with its texts by domain; for tests that leave it as it is."""
-    from tests.planted import planted  # seconds of imports that most tests do without
+    """The mixture of tests/support/planted.py with its texts by domain; for tests that leave it as it is."""
+    from tests.support.planted import planted  # seconds of imports that most tests do without
 
     return planted(tmp_path_factory.mktemp("planted"))

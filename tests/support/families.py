@@ -11,9 +11,9 @@ import torch
 import transformers as tf
 from torch import Tensor
 
-from tests import tiny
+from tests.support import tiny
 from tests.support.quantised import QUANTISED, quantise
-from tests.tiny import GQA, TOKENS, VISION
+from tests.support.tiny import GQA, TOKENS, VISION
 
 IMAGE = 60  # the token that stands for a patch of an image
 # Experts of the base itself, as many as fit: two chosen of four.

@@ -20,8 +20,10 @@ from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
 import molora
-from tests import behaviours, test_checkpointing, test_dtypes, test_generation, tiny
-from tests.conftest import close
+from tests.behaviour import test_dtypes, test_generation
+from tests.forward import test_checkpointing
+from tests.support import behaviours, tiny
+from tests.support.tolerances import close
 
 ON_DISK = {f"model.{part}": "cpu" for part in ("embed_tokens", "layers.1", "norm", "rotary_emb")}
 ON_DISK |= {"model.layers.0": "disk", "lm_head": "cpu"}

@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -20,9 +19,10 @@ from molora.errors import MoloraError
 from molora.recipes import RECIPES
 from tests.support.families import FAMILIES
 from tests.support.features import FEATURES
+from tests.support.places import ROOT
 from tests.support.works import works
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+README = ROOT / "README.md"
 BEGIN, END = "<!-- support: written by python -m tests.support.table -->", "<!-- end of support -->"
 
 # Each refusal that a cell may end in: a part of its message, and what the table says about it.

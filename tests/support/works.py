@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import molora
-from tests import behaviours, tiny
-from tests.conftest import close
+from tests.support import behaviours, tiny
 from tests.support.families import FAMILIES, IMAGE, base, inputs
+from tests.support.tolerances import close
 
 # What a pair needs to be asked for besides its defaults, and the note that says so in the table.
 ASKED = {("xlora", "deepseek"): ({"exclude_modules": ["kv_b_proj"]}, "latent")}

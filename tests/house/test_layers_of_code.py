@@ -1,0 +1,148 @@
+"""The house rules hold over the project, and each of them catches a planted fault."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+from tests.support.house_rules import (
+    ALSO_CHECKED,
+    LENGTH_EXCEPTIONS,
+    ROOT,
+    hiding_faults,
+    imported,
+    imported_modules,
+    layer_faults,
+    length_faults,
+    method_name_faults,
+    module_name,
+    project_files,
+)
+
+FILES = project_files()
+PACKAGE_FILES = [path for path in FILES if path.parts[0] not in ALSO_CHECKED]
+MODULES = {module_name(path) for path in PACKAGE_FILES}
+
+
+def read(path: Path) -> str:
+    return (ROOT / path).read_text(encoding="utf-8")
+
+
+def test_the_project_is_found():
+    assert {"molora.errors", "molora.kernels.reference", "molora.routers", "molora.recipes.mola"} <= MODULES
+
+
+def test_imports_point_downward():
+    faults = [fault for path in PACKAGE_FILES for fault in layer_faults(module_name(path), read(path), MODULES)]
+    assert faults == []
+
+
+def test_no_import_cycles():
+    names = {module_name(path): imported_modules(read(path), MODULES) for path in PACKAGE_FILES}
+    graph = {module: targets - {module} for module, targets in names.items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which lists the cycle
+
+
+def test_shared_code_names_no_method():
+    faults = [fault for path in PACKAGE_FILES for fault in method_name_faults(path.as_posix(), read(path))]
+    assert faults == []
+
+
+def test_imports_are_absolute():
+    relative = [(str(path), name) for path in FILES for name in imported(ast.parse(read(path))) if name[0] == "."]
+    assert relative == []
+
+
+def test_kernels_is_a_namespace_folder():
+    """With an __init__.py it would hide the package `kernels` that transformers imports."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_no_file_hides_a_dependency():
+    faults = []
+    for path in FILES:
+        beside = (ROOT / path).parent.iterdir()
+        names = {entry.stem for entry in beside if entry.suffix == ".py" or entry.is_dir()}
+        faults += hiding_faults(path, read(path), names)
+    assert faults == []
+
+
+def test_files_fit_their_limit():
+    faults = [fault for path in FILES for fault in length_faults(path.as_posix(), len(read(path).splitlines()))]
+    assert faults == []
+    assert [path for path in LENGTH_EXCEPTIONS if Path(path) not in FILES] == []
+
+
+PLANTED = {
+    "molora",
+    "molora.config.placements",
+    "molora.convert",
+    "molora.errors",
+    "molora.eval.counting.tape",
+    "molora.layers.banks.plain",
+    "molora.new",
+    "molora.routers",
+    "molora.seeds",
+    "molora.training.trainer",
+}
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("molora.config.placements", "from molora.layers.banks.plain import ExpertBank"),
+        ("molora.layers.banks.plain", "def f():\n    import molora.convert"),
+        (
+            "molora.layers.banks.plain",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from molora import convert",
+        ),
+        ("molora.layers.banks.plain", "import molora"),
+        ("molora.errors", "from molora.config.placements import Placement"),
+        ("molora.training.trainer", "from molora.eval.counting.tape import Tape"),
+        ("molora.eval.counting.tape", "import molora.training.trainer as t"),
+        ("molora.config.placements", "import molora.new"),
+        ("molora.new", "x = 1"),
+    ],
+)
+def test_layer_rule_catches(module: str, source: str):
+    assert len(layer_faults(module, source, PLANTED)) == 1
+
+
+def test_layer_rule_allows_lower_floors_the_own_folder_and_the_ground():
+    assert layer_faults("molora.cli.main", "from molora.training.trainer import Trainer", PLANTED) == []
+    assert layer_faults("molora.layers.banks.plain", "from molora.routers import ROUTERS", PLANTED) == []
+    assert layer_faults("molora.config.placements", "from molora.config.options import GateConfig", PLANTED) == []
+    assert layer_faults("molora.seeds", "from molora.errors import ConfigError", PLANTED) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "if name == 'mola': pass",
+        "def mixlora_forward(): pass",
+        "f(xlora_depth=1)",
+        "x = f'{y} smora'",
+        "import a.meteora",
+        "class LlavaMoleRouter: pass",
+    ],
+)
+def test_method_name_rule_catches(source: str):
+    assert len(method_name_faults("molora/layers/banks/plain.py", source)) == 1
+
+
+def test_method_name_rule_allows_explanations():
+    source = '"""As in MoLA, eq. 3."""\nx = 1  # mixlora does this\n"""Unlike mola."""'
+    assert method_name_faults("molora/layers/banks/plain.py", source) == []
+    assert method_name_faults("molora/recipes/mola.py", "def mola(): pass") == []
+
+
+def test_hiding_rule_catches():
+    assert len(hiding_faults(Path("kernels/triton.py"), "import triton.language as tl", set())) == 1
+    assert len(hiding_faults(Path("kernels/sorted/programs.py"), "import triton", {"triton", "grouped"})) == 1
+    assert len(hiding_faults(Path("kernels/hub.py"), "from kernels import get_kernel", set())) == 1
+
+
+def test_length_rule_catches():
+    assert length_faults("kernels/sorted/order.py", 400) == []
+    assert len(length_faults("kernels/sorted/order.py", 401)) == 1

@@ -1,0 +1,134 @@
+"""House rules as functions from source text to a list of faults; test_layers_of_code.py runs them.
+
+Who may import whom, where a method's name may stand, which names hide a dependency, how long a file may be.
+"""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.support.places import ROOT
+
+LINKED = ("kernels", "routers", "training", "eval")
+ALSO_CHECKED = ("benchmarks", "tests")
+
+# Bottom up, as in ARCHITECTURE.md. A file imports from lower floors only; on the ground floor and inside a folder,
+# files import each other, without a circle.
+GROUND = ("errors", "activations", "processes", "extras", "seeds", "routing")
+FLOORS: tuple[tuple[str, ...], ...] = (
+    GROUND,
+    ("config",),
+    ("context", "kernels"),
+    ("routers",),
+    ("layers",),
+    ("adapter",),
+    ("initialisers",),
+    ("recipes",),
+    ("surgery",),
+    ("forward",),
+    ("model",),
+    ("convert",),
+    ("interop",),
+    ("load", "peft_tuner"),
+    ("data",),
+    ("training", "eval"),
+    ("cli",),
+    ("__main__", ""),  # molora itself
+)
+METHOD_NAME = re.compile("mixlora|xlora|smora|mola|llava_?mole|meteora", re.IGNORECASE)
+METHOD_NAMES_ALLOWED = {
+    "molora/recipes/": "the methods themselves",
+    "molora/interop/": "readers of the methods' released checkpoints",
+    "molora/cli/main.py": "examples in help texts",
+}
+
+MAX_LINES = 400
+LENGTH_EXCEPTIONS: dict[str, str] = {}  # path: reason
+
+
+def project_files() -> list[Path]:
+    """The project's Python files, each once, under its real folder; relative to the root."""
+    own = [path for path in (ROOT / "molora").rglob("*.py") if path.relative_to(ROOT).parts[1] not in LINKED]
+    rest = [path for folder in (*LINKED, *ALSO_CHECKED) for path in (ROOT / folder).rglob("*.py")]
+    return sorted(path.relative_to(ROOT) for path in own + rest)
+
+
+def module_name(path: Path) -> str:
+    """kernels/rank/programs.py -> molora.kernels.rank.programs; molora/recipes/__init__.py -> molora.recipes."""
+    parts = path.with_suffix("").parts
+    if parts[0] in LINKED:
+        parts = ("molora", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room(module: str) -> str:
+    """The file or folder of molora/ that holds a module: "layers" for molora.layers.ffn, "" for molora itself."""
+    return (module.split(".") + [""])[1]
+
+
+def floor(name: str) -> int | None:
+    """Its number, from the bottom."""
+    return next((i for i, rooms in enumerate(FLOORS) if name in rooms), None)
+
+
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Full names of everything imported anywhere in a file: inside functions and under TYPE_CHECKING too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def imported_modules(source: str, modules: set[str]) -> set[str]:
+    """The project's modules among them; `from molora.config import Placement` counts as molora.config."""
+    names = (name for name in imported(ast.parse(source)) if name.split(".")[0] == "molora")
+    return {name if name in modules else name.rpartition(".")[0] or name for name in names}
+
+
+def layer_faults(module: str, source: str, modules: set[str]) -> list[str]:
+    """Imports that point upward or sideways."""
+    own = room(module)
+    if floor(own) is None:
+        return [f"{module} has no floor: give {own!r} one in FLOORS and in ARCHITECTURE.md"]
+    faults = []
+    for target in sorted(imported_modules(source, modules)):
+        other = room(target)
+        if floor(other) is None:
+            faults.append(f"{module} imports {target}, which has no floor")
+        elif other != own and not {own, other} <= {*GROUND} and floor(other) >= floor(own):
+            faults.append(f"{module} imports {target}, which is not on a lower floor")
+    return faults
+
+
+def method_name_faults(path: str, source: str) -> list[str]:
+    """Identifiers and string literals that contain a method's name; docstrings and comments are free."""
+    if path.startswith(tuple(METHOD_NAMES_ALLOWED)):
+        return []
+    nodes = list(ast.walk(ast.parse(source)))
+    docstrings = {id(n.value) for n in nodes if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)}
+    faults = []
+    for node in nodes:
+        if id(node) in docstrings:
+            continue
+        for _, value in ast.iter_fields(node):
+            texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+            hits = [match.group() for text in texts for match in METHOD_NAME.finditer(text)]
+            faults += [f"{path}:{getattr(node, 'lineno', '?')} names {hit!r} in shared code" for hit in hits]
+    return faults
+
+
+def hiding_faults(path: Path, source: str, neighbours: set[str]) -> list[str]:
+    """Dependencies that this file, or one beside or around it, would hide when the file runs as a script."""
+    local = {part.removesuffix(".py") for part in path.parts} | neighbours
+    tops = {name.split(".")[0] for name in imported(ast.parse(source)) if not name.startswith(".")}
+    hidden = sorted(tops & local - {"molora", "tests", "benchmarks"})
+    return [f"{path} imports {top!r}, but a file or folder here has that name" for top in hidden]
+
+
+def length_faults(path: str, lines: int) -> list[str]:
+    """Files over the limit that are not listed with a reason."""
+    over = lines > MAX_LINES and path not in LENGTH_EXCEPTIONS
+    return [f"{path} has {lines} lines, limit {MAX_LINES}"] if over else []
