@@ -1,6 +1,6 @@
 """Adapters of each recipe as one format's code wrote them, on a base that needs no random numbers, with their outputs.
 
-``python -m tests.support.format_fixture tests/fixtures/format_1_models`` wrote those folders. A format that was released
+``python -m tests.support.format_fixture tests/fixtures/format_1_models`` wrote those folders. A released format
 is never written anew.
 """
 

@@ -15,7 +15,7 @@ import pytest
 from molora.training.engine import settings as engine
 from tests.support.places import ROOT
 
-SCRIPTS = sorted((ROOT / "training" / "launch").glob("*.sh"))
+SCRIPTS = sorted(p for p in (ROOT / "training" / "launch").glob("*.sh") if p.name != "common.sh")
 FOREIGN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "NUM_GPUS", "NO_SSH", "NODE_RANK")
 
 

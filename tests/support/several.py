@@ -1,6 +1,6 @@
 """Training with several processes, as a program: every recipe under every engine, in one launch.
 
-Started by ``torchrun -m tests.support.several FOLDER``; nearly all of a launch is imports, so one launch runs all cases.
+Started by ``torchrun -m tests.support.several FOLDER``; nearly all of a launch is imports, so one runs all cases.
 Each case leaves a file with what it logged and what it trained; test_several.py compares them with one process.
 """
 

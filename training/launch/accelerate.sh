@@ -20,24 +20,15 @@ Example: accelerate.sh training/configs/demo_mixlora.yaml --deepspeed zero2
 TEXT
 }
 
-fail() {
-  printf '%s: %s\n' "$(basename "$0")" "$1" >&2
-  exit 2
-}
-
-case "${1-}" in
-  -h | --help) usage; exit 0 ;;
-  '') usage >&2; exit 2 ;;
-esac
+# shellcheck source=common.sh source-path=SCRIPTDIR
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+begin "$@"
 config=$1
 shift
-[ -f "$config" ] || fail "$config does not exist; the first argument is the YAML file (see --help)"
-command -v accelerate > /dev/null ||
-  fail "accelerate is not on PATH: pip install 'molora[train]', and activate the environment that it is in"
+need_file "$config" first "YAML file"
+need_command accelerate "pip install 'molora[train]', and "
 
-if [ -z "${NUM_GPUS-}" ]; then
-  NUM_GPUS=$(python -c 'import torch; print(torch.cuda.device_count() or 2)')
-fi
+set_num_gpus
 # --multi_gpu means several processes. Without it accelerate starts a single one on a machine that has no GPU.
 several=()
 if [ "$NUM_GPUS" -gt 1 ]; then several=(--multi_gpu); fi

@@ -19,28 +19,15 @@ Example: NUM_GPUS=4 deepspeed.sh training/configs/demo_mixlora.yaml --deepspeed 
 TEXT
 }
 
-fail() {
-  printf '%s: %s\n' "$(basename "$0")" "$1" >&2
-  exit 2
-}
-
-case "${1-}" in
-  -h | --help) usage; exit 0 ;;
-  '') usage >&2; exit 2 ;;
-esac
+# shellcheck source=common.sh source-path=SCRIPTDIR
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+begin "$@"
 config=$1
 shift
-[ -f "$config" ] || fail "$config does not exist; the first argument is the YAML file (see --help)"
-command -v deepspeed > /dev/null ||
-  fail "deepspeed is not on PATH: pip install 'molora[train]', and activate the environment that it is in"
+need_file "$config" first "YAML file"
+need_command deepspeed "pip install 'molora[train]', and "
 
-engine=(--deepspeed zero2)
-if grep -q '^deepspeed:' "$config"; then engine=(); fi
-for argument in "$@"; do
-  case "$argument" in --deepspeed | --deepspeed=*) engine=() ;; esac
-done
-if [ -z "${NUM_GPUS-}" ]; then
-  NUM_GPUS=$(python -c 'import torch; print(torch.cuda.device_count() or 2)')
-fi
+set_engine "$config" "$@"
+set_num_gpus
 exec deepspeed --num_gpus "$NUM_GPUS" --master_port "${MASTER_PORT:-29500}" --no_local_rank \
   --module molora.cli train --config "$config" ${engine[@]+"${engine[@]}"} "$@"

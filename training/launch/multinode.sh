@@ -24,26 +24,19 @@ Example: NO_SSH=1 NODE_RANK=1 MASTER_ADDR=10.0.0.1 multinode.sh hosts.txt traini
 TEXT
 }
 
-fail() {
-  printf '%s: %s\n' "$(basename "$0")" "$1" >&2
-  exit 2
-}
-
-case "${1-}" in
-  -h | --help) usage; exit 0 ;;
-  '') usage >&2; exit 2 ;;
-esac
+# shellcheck source=common.sh source-path=SCRIPTDIR
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+begin "$@"
 [ "$#" -ge 2 ] || fail "got one argument, expected HOSTFILE and CONFIG.yaml (see --help)"
 hostfile=$1
 config=$2
 shift 2
-[ -f "$hostfile" ] || fail "$hostfile does not exist; the first argument is the hostfile (see --help)"
-[ -f "$config" ] || fail "$config does not exist; the second argument is the YAML file (see --help)"
+need_file "$hostfile" first hostfile
+need_file "$config" second "YAML file"
 if grep -vqE '^[[:space:]]*(#.*)?$|^[^[:space:]]+[[:space:]]+slots=[0-9]+' "$hostfile" || ! grep -q slots= "$hostfile"; then
   fail "$hostfile: expected lines like 'worker-1 slots=8' and nothing else"
 fi
-command -v deepspeed > /dev/null ||
-  fail "deepspeed is not on PATH: pip install 'molora[train]', and activate the environment that it is in"
+need_command deepspeed "pip install 'molora[train]', and "
 
 options=(--hostfile "$hostfile" --master_port "${MASTER_PORT:-29500}" --no_local_rank)
 if [ -n "${MASTER_ADDR-}" ]; then options+=(--master_addr "$MASTER_ADDR"); fi
@@ -53,9 +46,5 @@ if [ -n "${NO_SSH-}" ]; then
 else
   command -v pdsh > /dev/null || fail "pdsh is not on PATH: install it, or start each machine by hand with NO_SSH=1"
 fi
-engine=(--deepspeed zero2)
-if grep -q '^deepspeed:' "$config"; then engine=(); fi
-for argument in "$@"; do
-  case "$argument" in --deepspeed | --deepspeed=*) engine=() ;; esac
-done
+set_engine "$config" "$@"
 exec deepspeed "${options[@]}" --module molora.cli train --config "$config" ${engine[@]+"${engine[@]}"} "$@"

@@ -17,18 +17,12 @@ Example: CUDA_VISIBLE_DEVICES=1 single_gpu.sh training/configs/demo_mixlora.yaml
 TEXT
 }
 
-fail() {
-  printf '%s: %s\n' "$(basename "$0")" "$1" >&2
-  exit 2
-}
-
-case "${1-}" in
-  -h | --help) usage; exit 0 ;;
-  '') usage >&2; exit 2 ;;
-esac
+# shellcheck source=common.sh source-path=SCRIPTDIR
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+begin "$@"
 config=$1
 shift
-[ -f "$config" ] || fail "$config does not exist; the first argument is the YAML file (see --help)"
+need_file "$config" first "YAML file"
 
 export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-0}
 exec python -m molora.cli train --config "$config" "$@"

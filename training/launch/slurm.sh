@@ -6,7 +6,8 @@
 #SBATCH --cpus-per-task=64
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@180
-# Several machines under SLURM: one torchrun on each.
+# Several machines under SLURM: one torchrun on each. sbatch copies this file to where it runs it, so it does not read
+# common.sh beside it.
 set -euo pipefail
 
 usage() {

@@ -20,23 +20,15 @@ Example: NUM_GPUS=4 torchrun.sh training/configs/demo_mixlora.yaml --global_batc
 TEXT
 }
 
-fail() {
-  printf '%s: %s\n' "$(basename "$0")" "$1" >&2
-  exit 2
-}
-
-case "${1-}" in
-  -h | --help) usage; exit 0 ;;
-  '') usage >&2; exit 2 ;;
-esac
+# shellcheck source=common.sh source-path=SCRIPTDIR
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+begin "$@"
 config=$1
 shift
-[ -f "$config" ] || fail "$config does not exist; the first argument is the YAML file (see --help)"
-command -v torchrun > /dev/null || fail "torchrun is not on PATH: activate the environment that molora is installed in"
+need_file "$config" first "YAML file"
+need_command torchrun
 
-if [ -z "${NUM_GPUS-}" ]; then
-  NUM_GPUS=$(python -c 'import torch; print(torch.cuda.device_count() or 2)')
-fi
+set_num_gpus
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # --standalone finds a free port, so several runs fit on one machine.
 exec torchrun --standalone --nproc_per_node "$NUM_GPUS" -m molora.cli train --config "$config" "$@"
