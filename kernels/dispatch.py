@@ -215,7 +215,7 @@ def _gather_refuses(call: Call) -> str | None:
 
 
 KERNELS: dict[str, Kernel] = {
-    "concat": Kernel(*(_concat, _expand, _contract, _concat_linear, _never), _concat_unit, _without_gradients),
+    "torch": Kernel(*(_concat, _expand, _contract, _concat_linear, _never), _concat_unit, _without_gradients),
     "loop": Kernel(_loop, _expand, _contract, None, _never),
     "triton": Kernel(
         *(_triton_mix, _triton_expand, _triton_contract, _triton_linear, _triton_refuses),
@@ -224,6 +224,9 @@ KERNELS: dict[str, Kernel] = {
     "sorted": Kernel(_sorted_mix, None, None, None, _sorted_refuses),
     "gather": Kernel(_gather_mix, None, None, None, _gather_refuses),
 }
+
+
+FORMER_NAMES = {"concat": "torch"}  # as folders and programs of the first edition say
 
 
 def choose(kernel: str, call: Call) -> Choice:
@@ -235,6 +238,7 @@ def choose(kernel: str, call: Call) -> Choice:
     if kernel == "auto":
         return _automatic(call)
     known(kernel)
+    kernel = FORMER_NAMES.get(kernel, kernel)
     if refusal := KERNELS[kernel].refuses(call):
         raise ConfigError(f"kernel: got {kernel!r}, but {refusal}; take kernel='auto'")
     return Choice(kernel, "asked for by kernel=")
@@ -242,14 +246,14 @@ def choose(kernel: str, call: Call) -> Choice:
 
 def _automatic(call: Call) -> Choice:
     if call.device_type != "cuda":
-        return Choice("concat", f"the tensors are on {call.device_type}")
+        return Choice("torch", f"the tensors are on {call.device_type}")
     side = f"{call.total_rank} ranks side by side"
     if 4 * call.tokens * call.choices < call.experts and not _gather_refuses(call):
         return Choice("gather", f"{call.tokens} tokens choose {call.choices} of {call.experts} experts")
     if call.total_rank > 2 * call.choices * RIDGE and not _sorted_refuses(call):
         return Choice("sorted", f"{side} cost more than {call.choices} passes over sorted tokens")
     if refusal := _triton_refuses(call):
-        return Choice("concat", refusal)
+        return Choice("torch", refusal)
     return Choice("triton", f"CUDA tensors of {call.dtype}, {side}")
 
 
@@ -259,7 +263,7 @@ def known(kernel: str) -> None:
     Raises:
         ConfigError: with the nearest name.
     """
-    if kernel != "auto" and kernel not in KERNELS:
+    if kernel != "auto" and kernel not in KERNELS and kernel not in FORMER_NAMES:
         raise ConfigError(
             f"kernel: got {kernel!r}, expected 'auto' or one of {', '.join(KERNELS)}{nearest(kernel, KERNELS)}"
         )
@@ -267,7 +271,7 @@ def known(kernel: str) -> None:
 
 def _chosen(kernel: str, x: Tensor, routing: Routing | None, layout: Layout) -> Kernel:
     if kernel == "auto" and x.is_cpu:  # as choose() says; asking it costs more than a gate of one token
-        return KERNELS["concat"]
+        return KERNELS["torch"]
     return KERNELS[choose(kernel, Call.of(x, routing, layout)).name]
 
 

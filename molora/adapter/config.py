@@ -16,7 +16,7 @@ from molora.config import MoloraConfig, Placement
 from molora.config.site import SiteConfig
 from molora.config.strict import PerLayer, Strict
 from molora.errors import AdapterError, ConfigError
-from molora.kernels.dispatch import KERNELS
+from molora.kernels.dispatch import FORMER_NAMES, KERNELS
 from molora.routers import BALANCES, ROUTERS, BiasedRouter
 
 __all__ = [
@@ -92,7 +92,7 @@ class AdapterConfig(Strict):
             out += [fault for b in p.balance for fault in _unknown("balance rule", b.kind, BALANCES)]
             if p.router.depth > MAX_DEPTH:
                 out.append(f"router: got a depth of {p.router.depth}, expected at most {MAX_DEPTH}")
-        out += _unknown("kernel", self.config.kernel, ("auto", *KERNELS))
+        out += _unknown("kernel", self.config.kernel, ("auto", *KERNELS, *FORMER_NAMES))
         return out[:10]
 
     def text(self) -> str:

@@ -56,7 +56,7 @@ def show_kernels(output: Console) -> None:
     here = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.cuda.get_device_name() if here == "cuda" else "no CUDA device"
     output.print(
-        f"This machine: {device}; triton {_version('triton')}. On a CPU, kernel='auto' is concat.", highlight=False
+        f"This machine: {device}; triton {_version('triton')}. On a CPU, kernel='auto' is torch.", highlight=False
     )
     names = ("experts x rank", "dtype", "kernel", "why", "tile of the first product")
     table = Table(*names, title="kernel='auto' on CUDA", title_justify="left")

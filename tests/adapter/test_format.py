@@ -50,3 +50,13 @@ def test_a_newer_format_says_to_upgrade(tmp_path: Path):
     forge(save(tmp_path), edit=lambda c: c.update(molora_format=FORMAT + 1))
     with pytest.raises(AdapterError, match=rf"format {FORMAT + 1}, this molora reads up to {FORMAT}; upgrade molora"):
         molora.load(base(), tmp_path)
+
+
+def test_the_kernels_first_name_is_read_and_kept(tmp_path: Path):
+    model = molora.load(base(), DATA / "format_1_models" / "mola", ignore_base=True)
+    expected = outputs(model)
+    model._molora.config = model._molora.config.replace(kernel="concat")
+    model.save_pretrained(tmp_path)
+    again = molora.load(base(), tmp_path)
+    assert again._molora.config.kernel == "concat"
+    assert torch.equal(outputs(again), expected)

@@ -141,5 +141,5 @@ def test_info_says_which_kernel_runs_and_why(
 ) -> None:
     code, out, _ = molora(capsys, monkeypatch, "info", "--kernels")
     assert code == 0
-    said = ("triton", "sorted", "concat", "64 x 32, 2 chosen", "passes over sorted tokens", "128 x 16 x 128")
+    said = ("triton", "sorted", "torch", "64 x 32, 2 chosen", "passes over sorted tokens", "128 x 16 x 128")
     assert [s for s in said if s not in out] == []

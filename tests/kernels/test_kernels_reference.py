@@ -24,7 +24,7 @@ class Case(NamedTuple):
     pattern: str = "random"
 
 
-REFERENCES = {"concat": reference.rank_mix_concat, "loop": reference.rank_mix_loop}
+REFERENCES = {"torch": reference.rank_mix_concat, "loop": reference.rank_mix_loop}
 ODD = (0.5, 2.0, 1.25)
 CASES = {
     "no_tokens": Case(0, 5, 7, (3, 3), (2.0, 2.0), 1),
@@ -150,7 +150,7 @@ def test_concat_in_low_precision(case: Case, dtype: torch.dtype):
     """B1: the same inputs, rounded, against the loop in float64; relative to the root mean square."""
     low = setup(case, dtype)
     high = low._replace(leaves={n: t.detach().double().requires_grad_() for n, t in low.leaves.items()})
-    expected, got = triple_loop(high), run("concat", low)
+    expected, got = triple_loop(high), run("torch", low)
     assert got.dtype == dtype
     pairs = {"y": (got, expected)}
     wanted = gradients(expected, high.leaves)
@@ -175,7 +175,7 @@ def test_gradcheck(kernel: str, case: str):
 
 def test_idle_expert_gets_a_zero_gradient_and_not_none():
     s = setup(CASES["one_expert_idle"], torch.float32)
-    run("concat", s).sum().backward()
+    run("torch", s).sum().backward()
     grads = {n: s.leaves[n].grad for n in ("A", "B")}
     assert all(g is not None for g in grads.values())
     used = {"A": grads["A"][:-2], "B": grads["B"][:, :-2]}
@@ -197,19 +197,20 @@ def test_inputs_are_not_changed():
 
 def test_choice_has_a_reason_and_refuses_unknown_names():
     call = Call(64, "cpu", torch.float32)
-    assert choose("auto", call) == ("concat", "the tensors are on cpu")
+    assert choose("auto", call) == ("torch", "the tensors are on cpu")
     asked = choose("loop", call)
     assert asked.name == "loop"
     assert "asked" in asked.reason
-    with pytest.raises(ValueError, match="did you mean 'concat'"):
-        choose("concta", call)
+    with pytest.raises(ValueError, match="did you mean 'torch'"):
+        choose("torhc", call)
+    assert choose("concat", call) == choose("torch", call), "its name in the first edition"
 
 
 def test_choice_on_cuda_depends_on_dtype_and_ranks_alone():
     """No device is needed to ask."""
     assert choose("auto", Call(64, "cuda", torch.bfloat16)).name == "triton"
     for call, why in ((Call(64, "cuda", torch.float64), "float64"), (Call(5000, "cuda", torch.bfloat16), "4096")):
-        assert choose("auto", call).name == "concat"
+        assert choose("auto", call).name == "torch"
         assert why in choose("auto", call).reason
 
 

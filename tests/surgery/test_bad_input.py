@@ -39,7 +39,7 @@ OPTIONS: dict[str, Case] = {
     "dropout 1": ("lora", {"lora_dropout": 1.0}, C, r"expected a value in \[0, 1\)"),
     "unknown start": ("lora", {"init_lora_weights": "lecun"}, C, "expected one of .*gaussian"),
     "start off the base": ("lora", {"init_lora_weights": "loftq"}, C, "replaces the base weight by a quantised one"),
-    "unknown kernel": ("lora", {"kernel": "concta"}, C, "did you mean 'concat'"),
+    "unknown kernel": ("lora", {"kernel": "troch"}, C, "did you mean 'torch'"),
     "unknown scope": ("mola", {"balance_scope": "token"}, C, "'sequence', 'batch'"),
     "unknown routing": ("mixlora", {"routing": "topk"}, C, "expected one of top_k, top_p, switch"),
     "unknown allocation": ("mola", {"num_experts": "9999"}, C, "2468"),

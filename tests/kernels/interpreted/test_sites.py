@@ -51,7 +51,7 @@ def test_every_site_runs_the_operator_of_its_role(recipe: str, root: Path):
     for path, site in sites.items():
         assert dict(ops.seen[path]) == wanted.get(site.site.role, {"rank_mix_linear": 1}), path
     with torch.no_grad():
-        close(logits, built(recipe, root, "concat")(**inputs).logits, "same_math_fp32")
+        close(logits, built(recipe, root, "torch")(**inputs).logits, "same_math_fp32")
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_sorted_and_gathered_sites_mean_the_same(recipe: str, kernel: str, root:
         logits = model(**inputs).logits
     assert {n for seen in ops.seen.values() for n in seen} == {f"{kernel}_mix"}
     with torch.no_grad():
-        close(logits, built(recipe, root, "concat")(**inputs).logits, "same_math_fp32")
+        close(logits, built(recipe, root, "torch")(**inputs).logits, "same_math_fp32")
 
 
 @pytest.mark.parametrize("recipe", ["mixlora", "smora", "xlora"])  # the operators of blocks, of linears, and two passes
@@ -110,7 +110,7 @@ def test_one_graph_for_every_length(recipe: str, root: Path):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_lowers_the_products(dtype: torch.dtype, root: Path):
     """float32 parameters get float32 gradients; the operators see the lower dtype."""
-    a, b = (built("mola", root, k) for k in ("triton", "concat"))
+    a, b = (built("mola", root, k) for k in ("triton", "torch"))
     inputs = {k: v.to(DEVICE) for k, v in tiny.batch("llama").items()}
     losses = []
     for model in (a, b):
