@@ -9,7 +9,8 @@ per row (scope ``sequence``); scope ``batch`` takes them over the forward's toke
 micro-batch. There f is taken over the tokens of all processes, so each of them has to run its forward.
 
 A rule's ``shared`` are the places of the tensors (of those that ``observe`` gives) that are taken so; they carry no
-gradient.
+gradient. ``at_router``: observed at its router in the forward, not at the end. ``measures_balance``: its mean is part
+of the model's ``aux_loss``. ``needs_tasks``: it learns from task ids. ``steers``: it needs a router with a bias.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class Switch:
     """``E sum_e f_e P_e`` (Switch Transformers, arXiv 2101.03961, eq. 4): 1 at balance, E at collapse."""
 
     at_router, shared = False, (0,)
+    measures_balance, needs_tasks, steers = True, False, False
 
     @staticmethod
     def observe(config: BalanceConfig, seen: Seen) -> tuple[Tensor, ...] | None:
@@ -82,6 +84,7 @@ class ZLoss:
     """``mean_t (logsumexp logits_t)^2`` (ST-MoE, arXiv 2202.08906, eq. 5): keeps logits small."""
 
     at_router, shared = False, ()
+    measures_balance, needs_tasks, steers = False, False, False
 
     @staticmethod
     def observe(config: BalanceConfig, seen: Seen) -> tuple[Tensor, ...] | None:
@@ -99,6 +102,7 @@ class Supervised:
     """Cross entropy of the router to the task's expert (MeteoRA, arXiv 2405.13053, sec. 3.3); -100 = no label."""
 
     at_router, shared = False, ()
+    measures_balance, needs_tasks, steers = True, True, False
 
     @staticmethod
     def observe(config: BalanceConfig, seen: Seen) -> tuple[Tensor, ...] | None:
@@ -122,6 +126,7 @@ class Bias:
     """Loss-free balancing: no loss, only counts for :meth:`molora.routers.bias.BiasedRouter.update_bias`."""
 
     at_router, shared = True, ()
+    measures_balance, needs_tasks, steers = False, False, True
 
     @staticmethod
     def observe(config: BalanceConfig, seen: Seen) -> tuple[Tensor, ...] | None:

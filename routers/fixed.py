@@ -14,6 +14,8 @@ __all__ = ["FixedRouter"]
 class FixedRouter(nn.Module):
     """Logits of 0 for every expert; sites skip it and use weight 1. No parameters."""
 
+    chooses = False  # whether tokens are routed; if not, every expert is always on
+
     def __init__(
         self,
         in_features: int,

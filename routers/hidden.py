@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import cast
+from collections.abc import Sequence
+from typing import Self, cast
 
 import torch
 from einops import rearrange
@@ -22,6 +23,8 @@ class HiddenRouter(nn.Module):
 
     ``layers``: hidden -> size -> ... -> E, or E * M with ``config.layerwise``, M = ``num_sites``.
     """
+
+    chooses = True  # whether tokens are routed; if not, every expert is always on
 
     def __init__(
         self,
@@ -50,6 +53,21 @@ class HiddenRouter(nn.Module):
                 bound = 1 / math.sqrt(layer.in_features)
                 for p in layer.parameters():
                     p.uniform_(-bound, bound, generator=generator)
+
+    def resized(self, sources: Sequence[int | None]) -> Self:
+        """A head of this class with the experts ``sources`` alone; there is no new one (its gates are learned).
+
+        The last linear has a row for each site and expert, the experts side by side.
+        """
+        first = cast(nn.Linear, self.layers[0])
+        sizes = self.config, self.gate_config, self.num_sites, first.weight.device
+        new = type(self)(first.in_features, len(sources), *sizes)
+        kept = [s for s in sources if s is not None]
+        state = self.state_dict()
+        for name in [n for n in state if n.startswith(f"layers.{len(self.layers) - 1}.")]:
+            state[name] = state[name].unflatten(0, (-1, self.num_experts))[:, kept].flatten(0, 1)
+        new.load_state_dict(state)
+        return new.train(self.training).requires_grad_(first.weight.requires_grad)
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:
         """Logits (T, M, E), or (T, 1, E) without layerwise scalings; float32, autocast off."""

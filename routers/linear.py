@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,8 @@ class LinearRouter(BiasedRouter):
     x: (T, in_features). Returns (T, num_experts) float32; with ``gate.partition`` p, each of num_experts / p logits is
     repeated for p neighbours. W is kaiming-uniform like ``nn.Linear``, or N(0, ``config.init_std``).
     """
+
+    chooses = True  # whether tokens are routed; if not, every expert is always on
 
     def __init__(
         self,
@@ -49,6 +53,27 @@ class LinearRouter(BiasedRouter):
                 self.weight.normal_(0.0, self.config.init_std, generator=generator)
             if self.bias is not None:
                 self.bias.uniform_(-bound, bound, generator=generator)
+
+    def resized(self, sources: Sequence[int | None], config: RouterConfig, gate: GateConfig, logit: float) -> Self:
+        """A router of this class whose expert e is ``sources[e]`` of this one, or a new one for None.
+
+        A new expert's weight is 0 and its bias ``logit``. Parameters and buffers with a row for each expert are dealt
+        out, all others copied.
+        """
+        device, own = self.weight.device, {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        new = type(self)(self.weight.shape[1], len(sources), config, gate, device).train(self.training)
+        if self.select_bias is not None:
+            new.add_select_bias(self.bias_rate, device)
+        with torch.no_grad():
+            for name, t in (*new.named_parameters(), *new.named_buffers()):
+                fill = logit if name == "bias" else 0.0
+                old = own.get(name, self.weight.new_zeros(self.num_experts))
+                if old.shape[:1] == (self.num_experts,):
+                    rows = [torch.full_like(old[:1], fill) if s is None else old[s : s + 1] for s in sources]
+                    old = torch.cat(rows)
+                if name != "load_counts":
+                    t.copy_(old)
+        return new.requires_grad_(self.weight.requires_grad)
 
     def forward(self, x_TI: Tensor) -> Tensor:
         """Logits (T, E) in float32."""

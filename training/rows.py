@@ -12,6 +12,7 @@ from molora.data.examples import Example, apart, encode, encode_class, split
 from molora.data.packing import pack
 from molora.data.records import Record, source
 from molora.errors import ConfigError, nearest
+from molora.routers import BALANCES
 from molora.training.arguments import DataArguments
 from molora.training.images import ImageRows, encode_image
 from molora.training.mixing import mix
@@ -47,7 +48,7 @@ def supervised_experts(config: MoloraConfig, arguments: DataArguments) -> dict[s
         ConfigError: no domain belongs to an adapter, an unknown adapter, or ``task_of_domain`` where nothing uses it.
     """
     names, own = [n for n, _ in config.adapters], arguments.task_of_domain
-    if not any(b.kind == "supervised" for p in config.placements for b in p.balance):
+    if not any(BALANCES[b.kind].needs_tasks for p in config.placements for b in p.balance):
         if own:
             raise ConfigError(f"task_of_domain: recipe {config.recipe!r} with these options has no supervised loss")
         return None

@@ -186,7 +186,7 @@ def _router(placement: Placement, *sizes: int) -> dict[str, Shape]:
     except (RuntimeError, TypeError) as e:  # a size that overflows; a kind that takes other sizes
         raise ConfigError(f"a router of kind {kind!r} and scope {router.scope!r} cannot have sizes {sizes}: {e}") from e
     shapes = {name: tuple(t.shape) for name, t in built.state_dict().items()}
-    if isinstance(built, BiasedRouter) and any(b.kind == "bias" for b in placement.balance):
+    if isinstance(built, BiasedRouter) and any(BALANCES[b.kind].steers for b in placement.balance):
         shapes["select_bias"] = (num_experts,)
     return shapes
 

@@ -15,6 +15,7 @@ from molora.config import BalanceConfig
 from molora.context import Frame, Report
 from molora.errors import ConfigError
 from molora.layers.mixture import Mixture
+from molora.routers import BALANCES
 from molora.routers.balance import combine, observe_all
 
 __all__ = ["add_aux_loss", "balance_loss", "predicted_labels"]
@@ -71,7 +72,7 @@ def balance_loss(
         device = seen[0].tensors[0].device
         loss, mean = combine(rule, seen, weight_B.to(device))
         total = total + rule.coef * loss
-        if rule.kind != "z":
+        if BALANCES[rule.kind].measures_balance:
             means.append(mean)
     return total, torch.stack(means).mean() if means else None
 

@@ -12,7 +12,7 @@ from molora.config import Placement, SiteConfig
 from molora.context import Frame, Report
 from molora.errors import ConfigError, MoloraError
 from molora.layers.mixture import Owner
-from molora.routers import BALANCES, BiasedRouter
+from molora.routers import BALANCES, ROUTERS, BiasedRouter
 from molora.routers.balance import Seen
 from molora.routers.gates import gate
 from molora.routing import ROUTER_DTYPE, Routing
@@ -26,7 +26,7 @@ class RoutedModule(nn.Module):
     def __init__(self, site: SiteConfig, placement: Placement, owner: Owner, router: nn.Module | None) -> None:
         super().__init__()
         self.site, self.placement, self.owner, self.router = site, placement, owner, router
-        self.always_on = placement.router.kind == "fixed"
+        self.always_on = not ROUTERS[placement.router.kind].chooses
         self.model_wide = placement.router.scope == "model"
         self.has_loss = any(b.coef > 0 for b in placement.balance)
         self.is_counted = any(BALANCES[b.kind].at_router for b in placement.balance)

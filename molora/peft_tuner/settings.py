@@ -20,6 +20,7 @@ from molora.config import MoloraConfig
 from molora.errors import CheckpointError, ConfigError
 from molora.layers.mixture import Mixture
 from molora.recipes import config_of
+from molora.routers import BALANCES
 
 __all__ = ["MixtureConfig", "MixtureType", "make_config"]
 
@@ -72,7 +73,7 @@ class MixtureConfig(PeftConfig):
                 self.auto_mapping = names
         self.peft_type = MixtureType.MOLORA
         if self.task_type is not None and any(
-            b.kind == "supervised" for p in self.config.placements for b in p.balance
+            BALANCES[b.kind].needs_tasks for p in self.config.placements for b in p.balance
         ):
             raise ConfigError(
                 f"task_type: got {str(self.task_type)!r} with a router that learns from task_ids, which PEFT's class "

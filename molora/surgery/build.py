@@ -87,7 +87,7 @@ def _site(base: nn.Module, site: SiteConfig, p: Placement, kernel: str, owner: O
     router = None
     if site.lead and p.router.scope != "model":
         router = ROUTERS[p.router.kind](site.in_features, site.num_experts, p.router, p.gate, start)  # type: ignore[arg-type]
-        rates = [b.rate for b in p.balance if b.kind == "bias"]
+        rates = [b.rate for b in p.balance if BALANCES[b.kind].steers]
         if rates and isinstance(router, BiasedRouter):
             router.add_select_bias(rates[0], start)
     if site.role == "rows":

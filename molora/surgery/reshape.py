@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from molora.config import MoloraConfig, Placement
 from molora.config.site import SiteConfig
@@ -18,7 +18,7 @@ from molora.layers.banks.plain import ExpertBank
 from molora.layers.linear import MixtureLinear
 from molora.layers.mixture import HEAD, Mixture
 from molora.layers.routed import RoutedModule
-from molora.routers import BiasedRouter, HiddenRouter, LinearRouter
+from molora.routers import ROUTERS, LinearRouter
 from molora.seeds import generator
 from molora.surgery.install import sites_of
 
@@ -94,7 +94,7 @@ def prune_experts(model: nn.Module, mixture: Mixture, experts: Iterable[int] | M
 
 
 def _is_routed(p: Placement) -> bool:
-    return p.router.kind != "fixed"
+    return ROUTERS[p.router.kind].chooses
 
 
 def _routed(model: nn.Module, mixture: Mixture, what: str) -> list[RoutedModule]:
@@ -180,10 +180,11 @@ def _apply(change: _Change) -> None:
         if sources is not None:
             bank = None if bank is None else _bank(bank, site, m.placement, sources, change.seed)
             placement = change.config.placements[site.placement]
-            router = None if router is None else _router(cast(LinearRouter, router), placement, sources, change.logit)
+            if router is not None:
+                router = cast(LinearRouter, router).resized(sources, placement.router, placement.gate, change.logit)
         made.append((m, site, bank, router))
     old_head = getattr(change.model, HEAD, None)
-    head = None if old_head is None else _head(old_head, next(iter(change.sources.values())))
+    head = None if old_head is None else old_head.resized(next(iter(change.sources.values())))
     for m, site, bank, router in made:
         m.site, m.router, m.placement = site, router, change.config.placements[site.placement]
         if isinstance(m, MixtureLinear):
@@ -216,36 +217,3 @@ def _bank(old: ExpertBank, site: SiteConfig, p: Placement, sources: Sources, see
                 for own, given in zip(new.parts(e), old.parts(source), strict=True):
                     own.copy_(given)
     return new.to(A.device)
-
-
-def _rows(old: Tensor, sources: Sources, fill: float) -> Tensor:
-    """Rows of ``old`` by ``sources``, new ones constant."""
-    fresh = torch.full_like(old[:1], fill)
-    return torch.cat([fresh if s is None else old[s : s + 1] for s in sources])
-
-
-def _router(old: LinearRouter, p: Placement, sources: Sources, logit: float) -> LinearRouter:
-    weight = old.weight.detach()
-    new = LinearRouter(weight.shape[1], len(sources), p.router, p.gate, weight.device)
-    new.train(old.training)
-    with torch.no_grad():
-        new.weight.copy_(_rows(weight, sources, 0.0))
-        if new.bias is not None:
-            before = torch.zeros(weight.shape[0], device=weight.device) if old.bias is None else old.bias
-            new.bias.copy_(_rows(before, sources, logit))
-    if isinstance(old, BiasedRouter) and old.select_bias is not None:
-        new.add_select_bias(old.bias_rate, weight.device)
-        cast(Tensor, new.select_bias).copy_(_rows(old.select_bias, sources, 0.0))
-    return new.requires_grad_(old.weight.requires_grad)
-
-
-def _head(old: HiddenRouter, sources: Sources) -> HiddenRouter:
-    """Its last linear has a row for each site and expert, the experts side by side."""
-    first = cast(nn.Linear, old.layers[0])
-    new = HiddenRouter(first.in_features, len(sources), old.config, old.gate_config, old.num_sites, first.weight.device)
-    kept = [s for s in sources if s is not None]
-    state = old.state_dict()
-    for name in [n for n in state if n.startswith(f"layers.{len(old.layers) - 1}.")]:
-        state[name] = state[name].unflatten(0, (-1, old.num_experts))[:, kept].flatten(0, 1)
-    new.load_state_dict(state)
-    return new.train(old.training).requires_grad_(first.weight.requires_grad)

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,11 @@ def test_hiding_rule_catches():
 def test_length_rule_catches():
     assert length_faults("kernels/sorted/order.py", 400) == []
     assert len(length_faults("kernels/sorted/order.py", 401)) == 1
+
+
+def test_the_table_of_places_is_true():
+    """CONTRIBUTING.md says where things are; every path that it names exists."""
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("## Where is what")[1].split("\n## ")[0]
+    places = re.findall(r"`([\w/.]+)`", table)
+    assert len(places) >= 15
+    assert [p for p in places if not (ROOT / p).exists()] == []

@@ -217,7 +217,7 @@ def arm(model: nn.Module, seed: int = 1) -> nn.Module:
             if name.endswith("lora_B") and not bool(p.any()):
                 p.copy_(torch.randn(p.shape, generator=g) * 0.2)
             elif "router" in name and p.requires_grad:  # not the base's own
-                p.copy_(torch.randn(p.shape, generator=g) / max(p.shape[-1], 1) ** 0.5)
+                p.copy_(torch.randn(p.shape, generator=g) / max(*p.shape[-1:], 1, 1) ** 0.5)
         for name, b in sorted(model.named_buffers()):
             if name.endswith("select_bias"):
                 b.copy_(torch.randn(b.shape, generator=g) * 0.05)

@@ -12,6 +12,7 @@ import molora
 from molora.errors import ConfigError
 from molora.layers.linear import MixtureLinear
 from molora.layers.mixture import HEAD
+from molora.routers import ROUTERS, LinearRouter
 from molora.surgery.install import sites_of
 from tests.support import behaviours, tiny
 from tests.support.tolerances import close
@@ -236,3 +237,37 @@ def test_a_new_expert_adds_nothing_whatever_the_others_started_from() -> None:
     model = behaviours.armed("mola", "llama", init_lora_weights=False)
     model.add_expert()
     assert not any(own[-1][1].any() for own in experts(model).values())
+
+
+class Cosine(LinearRouter):
+    """``exp(t) cos(x, w_e) + o_e``: one parameter more for all experts together, and one more for each."""
+
+    def __init__(self, in_features: int, num_experts: int, *rest: Any) -> None:
+        super().__init__(in_features, num_experts, *rest)
+        self.sharpness = torch.nn.Parameter(torch.zeros(()))
+        self.offset = torch.nn.Parameter(torch.zeros(num_experts))
+
+    def _product(self, x_TI: torch.Tensor) -> torch.Tensor:
+        x_TI, weight_EI = (torch.nn.functional.normalize(t.float(), dim=-1) for t in (x_TI, self.weight))
+        return self.sharpness.exp() * x_TI @ weight_EI.T + self.offset
+
+
+def test_a_router_of_another_class_stays_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its old experts' logits are the same with an expert more, and after that one has gone again."""
+    monkeypatch.setitem(ROUTERS, "cosine", Cosine)
+    config = molora.recipes.mola(num_experts=3, r=2)
+    own = tuple(p.replace(router=p.router.replace(kind="cosine")) for p in config.placements)
+    model = tiny.arm(molora.convert(tiny.base_model("llama"), config.replace(placements=own))).eval()
+    site = model.model.layers[0].self_attn.q_proj
+    x = torch.randn(5, 32)
+    before = site.router(x)
+    assert before.std() > 0.1
+    model.add_expert()
+    assert type(site.router) is Cosine
+    close(site.router(x)[:, :3], before, "same_math_fp32")
+    assert site.router.offset.requires_grad
+    model.save_pretrained(tmp_path)
+    again = molora.load(tiny.base_model("llama"), tmp_path).eval()
+    assert torch.equal(tiny.output(again, tiny.batch("llama")), tiny.output(model, tiny.batch("llama")))
+    model.prune_experts([0, 3])
+    close(site.router(x), before[:, 1:], "same_math_fp32")

@@ -15,6 +15,7 @@ from molora import context
 from molora.errors import ConfigError
 from molora.forward.aux_loss import balance_loss
 from molora.forward.frame import run_in_frame
+from molora.routers import BALANCES
 
 __all__ = ["DPOTrainer", "GRPOTrainer"]
 
@@ -68,7 +69,7 @@ def _refuse_supervised(model: Any, peft_config: Any) -> None:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config: Any = getattr(getattr(base, "_molora", None), "config", None) or getattr(peft_config, "config", None)
     for placement in getattr(config, "placements", ()):
-        if any(rule.kind == "supervised" and rule.coef for rule in placement.balance):
+        if any(BALANCES[rule.kind].needs_tasks and rule.coef for rule in placement.balance):
             raise ConfigError(
                 f"recipe {config.recipe!r}: its routers learn from task ids, which preferences and rewards do not "
                 "come with; train them first with molora.training.Trainer, or convert with gate_loss_coef=0"
