@@ -11,6 +11,7 @@ from molora.data.builtin.domains import domain_records
 from molora.data.examples import Example, apart, encode, encode_class, split
 from molora.data.packing import pack
 from molora.data.records import Record, source
+from molora.data.sources import FAULTS_SHOWN
 from molora.errors import ConfigError, nearest
 from molora.routers import BALANCES
 from molora.training.arguments import DataArguments
@@ -22,7 +23,6 @@ __all__ = ["Data", "coder", "divided", "prepare_data", "supervised_experts"]
 
 NEEDS = {CAUSAL: (), CLASSES: ("label",), IMAGES: ("image",)}
 NO_EXPERT = -100  # a task id that the supervised loss leaves out
-FAULTS_SHOWN = 5
 
 
 @dataclass(frozen=True)

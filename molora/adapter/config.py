@@ -17,6 +17,7 @@ from molora.config.site import SiteConfig
 from molora.config.strict import PerLayer, Strict
 from molora.errors import AdapterError, ConfigError
 from molora.kernels.dispatch import FORMER_NAMES, KERNELS
+from molora.layers.mixture import HEAD
 from molora.routers import BALANCES, ROUTERS, BiasedRouter
 
 __all__ = [
@@ -34,7 +35,6 @@ __all__ = [
 FORMAT = 1
 PEFT_TYPE = "MOLORA"
 NAME = "base_model_name_or_path"
-HEAD = "molora_router"  # attribute of the model that holds a model-wide router
 UNKNOWN = 999_999_937  # stands for the width of the hidden states while a head is built; nothing else has this width
 ANY = -1  # in an expected shape: whatever the model has
 MAX_EXPERTS = 1 << 24  # over all sites; ranks and scales are spelled out per expert when a bank is built

@@ -29,6 +29,7 @@ from molora.adapter.config import (
     expected_tensors,
 )
 from molora.adapter.fingerprint import fingerprint
+from molora.adapter.names import PREFIX
 from molora.adapter.safetensors_file import TensorFile
 from molora.adapter.strict_json import read_object
 from molora.config import MoloraConfig
@@ -48,7 +49,6 @@ __all__ = [
     "write_adapter",
 ]
 
-PREFIX = "base_model.model."  # PEFT's, before every parameter name
 MAX_KEYS = 64  # entries of one object in a config; ours have up to 20
 ATTEMPTS = 100  # at reading a folder that is being saved into all the time
 

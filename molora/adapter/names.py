@@ -7,8 +7,9 @@ from collections.abc import Collection, Iterable
 
 from molora.errors import AdapterError
 
-__all__ = ["exact_pattern", "first_match", "renamings"]
+__all__ = ["PREFIX", "exact_pattern", "first_match", "renamings"]
 
+PREFIX = "base_model.model."  # PEFT's, before every parameter name
 _PLAIN = re.compile(r"\^?(?:[\w.-]|\\[^\w\s])+")
 _INSIDE = r".*\."  # what PEFT itself writes before the name of experts that it found stacked
 

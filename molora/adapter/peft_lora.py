@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from molora.adapter.atomic_save import CONFIG, CONFIG_LIMIT, WEIGHTS
-from molora.adapter.names import renamings
+from molora.adapter.names import PREFIX, renamings
 from molora.adapter.peft_lora_config import refuse, saved_names, scale, targeted_parameter
 from molora.adapter.peft_lora_stacked import module_of, parted, stacked_names
 from molora.adapter.pickle_file import load_pickle
@@ -19,9 +19,8 @@ from molora.adapter.safetensors_file import TensorFile
 from molora.adapter.strict_json import read_object
 from molora.errors import AdapterError, nearest
 
-__all__ = ["PREFIX", "LoraAdapter", "align", "read_peft_lora", "renaming"]
+__all__ = ["LoraAdapter", "align", "read_peft_lora", "renaming"]
 
-PREFIX = "base_model.model."
 PICKLE = "adapter_model.bin"
 HEADER_LIMIT = 4 << 20  # bytes; a module's two tensors take about 300
 STRANGERS = {

@@ -11,8 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from molora.adapter.atomic_save import save_folder
-from molora.adapter.names import exact_pattern
-from molora.adapter.peft_lora import PREFIX, Module
+from molora.adapter.names import PREFIX, exact_pattern
+from molora.adapter.peft_lora import Module
 from molora.adapter.peft_lora_config import PEFT_TYPE
 from molora.adapter.peft_lora_stacked import to_file
 from molora.errors import CheckpointError

@@ -16,12 +16,12 @@ from transformers.pytorch_utils import Conv1D
 from molora.adapter.atomic_save import WEIGHTS
 from molora.errors import AdapterError, MoloraError
 from molora.extras import FAULTS, need
+from molora.layers.linear import HALF
 from molora.seeds import generator
 
 __all__ = ["Probe", "changes", "linear_weight", "load_adapter", "model_output", "probes", "told", "wide_copy"]
 
 ROWS = 64  # input vectors that a module's outputs are compared on
-HALF = (torch.float16, torch.bfloat16)
 
 Probe = tuple[Tensor, Tensor]  # x (N, I) and the adapter's own outputs (N, O)
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from molora.adapter.peft_lora import HEADER_LIMIT, PREFIX, LoraAdapter, Module
+from molora.adapter.names import PREFIX
+from molora.adapter.peft_lora import HEADER_LIMIT, LoraAdapter, Module
 from molora.adapter.safetensors_file import TensorFile
 from molora.adapter.strict_json import open_regular
 from molora.config.strict import shown

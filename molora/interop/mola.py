@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from molora.adapter.atomic_save import CONFIG, WEIGHTS
-from molora.adapter.peft_lora import PICKLE, PREFIX
+from molora.adapter.names import PREFIX
+from molora.adapter.peft_lora import PICKLE
 from molora.adapter.peft_lora_config import PEFT_TYPE
 from molora.config.strict import PerLayer
 from molora.errors import AdapterError, ConfigError

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from molora.adapter.atomic_save import CONFIG, CONFIG_LIMIT, WEIGHTS
-from molora.adapter.peft_lora import HEADER_LIMIT, PREFIX
+from molora.adapter.names import PREFIX
+from molora.adapter.peft_lora import HEADER_LIMIT
 from molora.adapter.peft_lora_config import PEFT_TYPE, check_start
 from molora.adapter.peft_lora_writer import write_peft_lora
 from molora.adapter.safetensors_file import TensorFile

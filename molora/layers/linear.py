@@ -17,9 +17,10 @@ from molora.layers.routed import RoutedModule
 from molora.routers.gates import gate
 from molora.routing import Routing, autocast_on
 
-__all__ = ["FLOATS", "MixtureLinear"]
+__all__ = ["FLOATS", "HALF", "MixtureLinear"]
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 class MixtureLinear(RoutedModule):

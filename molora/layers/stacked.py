@@ -80,7 +80,7 @@ class FusedExperts(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":  # not there yet, or parked
+            if name == "base_layer":  # not there yet, or of a mixture that is not in force
                 raise
             return getattr(self.base_layer, name)
 

@@ -47,7 +47,7 @@ def park(model: nn.Module) -> Parked:
         found, key=lambda m: isinstance(m, FFNRows | FusedExperts)
     )  # what is inside of a block goes in before it
     unbind(plain)
-    uninstall(plain, mixture, parking=True)
+    uninstall(plain, mixture, keep_head=True)
     head = plain._modules.get(HEAD)
     if HEAD in plain._modules:
         plain._modules[HEAD] = None  # not removed: whoever goes through the model's children now may go on

@@ -10,7 +10,7 @@ from typing import Any, cast
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from molora.adapter.folder import PREFIX
+from molora.adapter.names import PREFIX
 from molora.convert import convert
 from molora.errors import AdapterError, ConfigError
 from molora.layers.mixture import HEAD, Mixture

@@ -12,9 +12,10 @@ from typing import Any, BinaryIO
 
 from peft import PeftConfig
 
-from molora.adapter.atomic_save import CONFIG, WEIGHTS
+from molora.adapter.atomic_save import CONFIG, HEADER_LIMIT, WEIGHTS
 from molora.adapter.config import NAME, PEFT_TYPE, AdapterConfig, checked, disagreements, expected_tensors
-from molora.adapter.folder import PREFIX, Described, describe
+from molora.adapter.folder import Described, describe
+from molora.adapter.names import PREFIX
 from molora.adapter.safetensors_file import TensorFile, write_tensors
 from molora.config import MoloraConfig
 from molora.errors import CheckpointError, ConfigError
@@ -23,8 +24,6 @@ from molora.recipes import config_of
 from molora.routers import BALANCES
 
 __all__ = ["MixtureConfig", "MixtureType", "make_config"]
-
-HEADER_LIMIT = 16 << 20  # bytes, for a file that PEFT wrote for us
 
 
 class MixtureType(str, enum.Enum):  # noqa: UP042 PEFT takes str(...) apart at the dot, which StrEnum has not

@@ -14,7 +14,7 @@ from peft import mapping
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from molora.adapter.folder import PREFIX
+from molora.adapter.names import PREFIX
 from molora.errors import ConfigError
 from molora.peft_tuner.named import NamedMixtures
 from molora.peft_tuner.names import PLACE

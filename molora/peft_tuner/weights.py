@@ -7,7 +7,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from molora.adapter.folder import PREFIX, check_tensors
+from molora.adapter.folder import check_tensors
+from molora.adapter.names import PREFIX
 from molora.adapter.safetensors_file import write_tensors
 from molora.errors import AdapterError, CheckpointError
 from molora.layers.mixture import HEAD, Mixture

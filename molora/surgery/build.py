@@ -15,7 +15,7 @@ from molora.errors import ConfigError, TargetError, nearest
 from molora.kernels.dispatch import known
 from molora.layers.banks.plain import ExpertBank
 from molora.layers.ffn import FFNDown, FFNRows, FFNUp
-from molora.layers.linear import MixtureLinear
+from molora.layers.linear import HALF, MixtureLinear
 from molora.layers.mixture import HEAD, Owner
 from molora.layers.routed import RoutedModule
 from molora.layers.saved import SavedModule
@@ -26,7 +26,6 @@ from molora.surgery.target_parameters import owner_of
 
 __all__ = ["Built", "build", "check_tables"]
 
-HALF = (torch.float16, torch.bfloat16)
 ROLES: dict[str, type[MixtureLinear]] = {"linear": MixtureLinear, "up": FFNUp, "down": FFNDown}
 
 

@@ -96,7 +96,7 @@ def _own(wrapper: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def wrappers_of(model: nn.Module) -> dict[str, Wrapper]:
-    """Path of now to wrapper, of the mixture in force; a model may hold others that are parked."""
+    """Path of now to wrapper, of the mixture in force; a model may hold others that are not."""
     return {now: m for now, m in _own_modules(model) if isinstance(m, Wrapper)}
 
 
@@ -116,7 +116,7 @@ def sites_of(model: nn.Module) -> dict[str, tuple[str, RoutedModule]]:
     return {now: (m.site.path, m) for m, now in sites.items()}
 
 
-def uninstall(model: nn.Module, mixture: Mixture, parking: bool = False) -> None:
+def uninstall(model: nn.Module, mixture: Mixture, keep_head: bool = False) -> None:
     """Put the original modules back, with their ``requires_grad``; banks, routers and trained copies are dropped."""
     outer_first = sorted(wrappers_of(model).items(), key=lambda item: item[0].count("."))
     around = [p for p, m in outer_first if isinstance(m, FFNRows | FusedExperts)]
@@ -126,7 +126,7 @@ def uninstall(model: nn.Module, mixture: Mixture, parking: bool = False) -> None
         for other in around:
             shortened = shortened.replace(other + ".base_layer.", other + ".")
         _swap(model, shortened, original)
-    if not parking:
+    if not keep_head:
         model._modules.pop(HEAD, None)
     names: Mapping[str, nn.Parameter] = dict(model.named_parameters())
     for name in mixture.trainable:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import molora
-from molora.adapter.folder import PREFIX
+from molora.adapter.names import PREFIX
 from tests.support.places import ROOT
 from tests.support.tiny import RECIPES, base_model, batch, converted, output
 
