@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from molora.errors import ConfigError, nearest
 
-__all__ = ["COLUMNS", "Columns", "Record", "Source", "record", "source"]
-
-ROLES = ("system", "user", "assistant", "tool")
-COLUMNS = ("text", "messages", "label", "image", "group")
+__all__ = ["Columns", "Record", "Source", "image_of", "label_of", "source"]
 
 
 @dataclass(frozen=True)
@@ -91,47 +88,8 @@ def source(value: Any) -> Source:
     return Source(value["path"], Columns(**own, given=tuple(v for v in own.values() if v)))
 
 
-def record(line: Any, columns: Columns, needs: Collection[str], folder: Path, where: str = "") -> Record:
-    """A line's record. ``needs``: ``label`` and ``image`` are read only if they stand in it.
-
-    Paths of images are relative to ``folder``.
-
-    Raises:
-        ValueError: what is wrong with the line.
-    """
-    if not isinstance(line, dict):
-        raise ValueError(f"got a JSON {type(line).__name__}, expected an object with 'text' or 'messages'")
-    wanted = [c for c in (columns.text, columns.messages) if c]
-    if sum(c in line for c in wanted) != 1:
-        found = ", ".join(map(repr, list(line)[:8])) or "no entries"
-        names = " and ".join(map(repr, wanted))
-        raise ValueError(f"got {found}, expected {'exactly one of ' if len(wanted) > 1 else ''}{names}")
-    group = line.get(columns.group, "")
-    if not isinstance(group, str | int):
-        raise ValueError(f"{columns.group!r}: got {type(group).__name__}, expected a string")
-    image, key = _image(line.get(columns.image), columns.image, folder) if "image" in needs else ("", "")
-    label = _label(line, columns.label) if "label" in needs else None
-    shared: dict[str, Any] = {"group": str(group) or key, "label": label, "image": image, "where": where}
-    if columns.messages and columns.messages in line:
-        return Record(messages=_messages(line[columns.messages], columns.messages), **shared)
-    text = line[columns.text]
-    if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{columns.text!r}: got {text!r}, expected a non-empty string")
-    return Record(text=text, **shared)
-
-
-def _messages(value: Any, name: str) -> tuple[dict[str, str], ...]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"{name!r}: got {value!r}, expected a non-empty list")
-    for i, m in enumerate(value):
-        if not isinstance(m, dict) or m.get("role") not in ROLES or not isinstance(m.get("content"), str):
-            raise ValueError(f"{name!r}[{i}]: got {m!r}, expected 'role' ({', '.join(ROLES)}) and 'content' as text")
-    if value[-1]["role"] != "assistant" or not value[-1]["content"].strip():
-        raise ValueError(f"{name!r}: the last one must be a non-empty answer of the assistant, it is what is learned")
-    return tuple({"role": m["role"], "content": m["content"]} for m in value)
-
-
-def _label(line: Mapping[str, Any], name: str) -> str | int:
+def label_of(line: Mapping[str, Any], name: str) -> str | int:
+    """The class of a line; ValueError where there is none."""
     if name not in line:
         raise ValueError(f"no {name!r}, which a classifier learns; there is {', '.join(map(repr, line))}")
     value = line[name]
@@ -140,7 +98,7 @@ def _label(line: Mapping[str, Any], name: str) -> str | int:
     return value
 
 
-def _image(value: Any, name: str, folder: Path) -> tuple[str | bytes, str]:
+def image_of(value: Any, name: str, folder: Path) -> tuple[str | bytes, str]:
     """The image, and what tells it from others whatever folder it lies in."""
     if isinstance(value, dict):  # as `datasets` keeps images
         value = value.get("bytes") or value.get("path")

@@ -14,7 +14,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from molora.data.records import COLUMNS, Columns, Record, Source, record
+from molora.data.formats import record, used_columns
+from molora.data.records import Columns, Record, Source
 from molora.errors import ConfigError, nearest
 from molora.extras import need
 
@@ -128,7 +129,7 @@ def _parquet(path: Path, columns: Columns, needs: Collection[str]) -> list[Recor
     try:
         file = parquet.ParquetFile(path)
         names = list(file.schema_arrow.names)
-        rows = file.read(columns=[n for n in names if n in _used(columns, needs)]).to_pylist()
+        rows = file.read(columns=[n for n in names if n in used_columns(columns, needs)]).to_pylist()
     except (OSError, ValueError) as e:  # pyarrow's errors are among them
         raise ConfigError(f"{path} is not a readable Parquet file: {_first_line(e)}") from e
     return _gather(str(path), _table(str(path), rows), columns, needs, path.parent, names)
@@ -150,7 +151,7 @@ def _hub(source: Source, needs: Collection[str]) -> list[Record]:
         if not quiet:
             datasets.enable_progress_bars()
     names = list(table.column_names)
-    table = table.select_columns([n for n in names if n in _used(source.columns, needs)])
+    table = table.select_columns([n for n in names if n in used_columns(source.columns, needs)])
     for n, feature in table.features.items():
         if isinstance(feature, datasets.Image):
             table = table.cast_column(n, datasets.Image(decode=False))
@@ -162,10 +163,6 @@ def _hub(source: Source, needs: Collection[str]) -> list[Record]:
 
     rows = ({k: named(k, v) for k, v in row.items()} for row in table)
     return _gather(source.path, _table(source.path, rows), source.columns, needs, Path(), names)
-
-
-def _used(columns: Columns, needs: Collection[str]) -> set[str]:
-    return {getattr(columns, c) for c in COLUMNS if c not in ("label", "image") or c in needs}
 
 
 def _table(name: str, rows: Iterable[dict[str, Any]]) -> Iterator[tuple[str, Any]]:
