@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import subprocess
@@ -50,12 +51,20 @@ def tensors(files: fake_hub.Files) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def pushed(folder: Path) -> Iterator[FakeHub]:
+def after_uploads(folder: Path) -> Iterator[FakeHub]:
     """A hub with a README of somebody's own, after the uploads of :mod:`tests.support.hub_uses`."""
     with fake_hub.serving() as hub:
         hub.repositories["me/mine"] = {"README.md": b"---\ntags:\n- own\n---\nmy work"}
         use(hub, "push", folder)
         yield hub
+
+
+@pytest.fixture
+def pushed(after_uploads: FakeHub) -> Iterator[FakeHub]:
+    """The same hub for each test, in any order: what a test adds goes with it."""
+    repositories, tokens = copy.deepcopy(after_uploads.repositories), set(after_uploads.tokens)
+    yield after_uploads
+    after_uploads.repositories, after_uploads.tokens = repositories, tokens
 
 
 @pytest.mark.slow
