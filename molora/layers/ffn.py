@@ -24,6 +24,7 @@ from molora.kernels.reference import mix_slots
 from molora.layers.linear import MixtureLinear
 from molora.layers.mixture import Owner
 from molora.layers.routed import RoutedModule
+from molora.layers.wrapper import Wrapper
 from molora.routing import Routing
 
 __all__ = ["FFNDown", "FFNRows", "FFNUp"]
@@ -119,11 +120,13 @@ class FFNDown(MixtureLinear):
         return self.placement.gate.renormalize == "one" and not edited
 
 
-class FFNRows(RoutedModule):
+class FFNRows(RoutedModule, Wrapper):
     """A feed-forward module whose middle cannot carry a slot axis: every token runs once per chosen expert.
 
     Exact, at K times the base cost. The module's own linears are ordinary sites that read this block's routing.
     """
+
+    around = True
 
     def __init__(
         self,
@@ -135,6 +138,15 @@ class FFNRows(RoutedModule):
     ) -> None:
         super().__init__(site, placement, owner, router)
         self.base_layer = base_layer
+
+    @property
+    def place(self) -> str:
+        """The path of the block in the base."""
+        return self.site.path
+
+    def sites(self) -> dict[str, RoutedModule]:
+        """Itself."""
+        return {self.site.path: self}
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, S, D) or (T, D); K copies side by side on the first dimension, mixed by the weights."""

@@ -14,6 +14,7 @@ from molora.kernels.dispatch import mix_linear
 from molora.layers.banks.plain import ExpertBank
 from molora.layers.mixture import Owner
 from molora.layers.routed import RoutedModule
+from molora.layers.wrapper import Wrapper
 from molora.routers.gates import gate
 from molora.routing import Routing, autocast_on
 
@@ -23,7 +24,7 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF = (torch.float16, torch.bfloat16)
 
 
-class MixtureLinear(RoutedModule):
+class MixtureLinear(RoutedModule, Wrapper):
     """``y = W x + sum_e w_e(x) s_e B_e A_e dropout(x)`` on a frozen linear that is always called, never read.
 
     x: (..., in_features) in the base's dtype; y: (..., out_features) in the dtype the base returns. Works on any
@@ -42,6 +43,15 @@ class MixtureLinear(RoutedModule):
     ) -> None:
         super().__init__(site, placement, owner, router)
         self.base_layer, self.bank, self.kernel = base_layer, bank, kernel
+
+    @property
+    def place(self) -> str:
+        """The path of the linear in the base."""
+        return self.site.path
+
+    def sites(self) -> dict[str, RoutedModule]:
+        """Itself."""
+        return {self.site.path: self}
 
     @property
     def weight(self) -> Any:

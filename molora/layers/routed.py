@@ -23,6 +23,8 @@ __all__ = ["RoutedModule"]
 class RoutedModule(nn.Module):
     """Anything that routes tokens: asks its router, its block's routing or the model-wide gates, and reports."""
 
+    saved: tuple[str, ...] = ("bank", "router")  # children that an adapter folder keeps
+
     def __init__(self, site: SiteConfig, placement: Placement, owner: Owner, router: nn.Module | None) -> None:
         super().__init__()
         self.site, self.placement, self.owner, self.router = site, placement, owner, router

@@ -32,6 +32,7 @@ from molora.errors import MoloraError
 from molora.layers.banks.plain import ExpertBank
 from molora.layers.mixture import Owner
 from molora.layers.routed import RoutedModule
+from molora.layers.wrapper import Wrapper
 from molora.routing import autocast_on
 
 __all__ = ["FusedExperts", "FusedParameter"]
@@ -64,12 +65,14 @@ class FusedParameter(RoutedModule):
             return torch.baddbmm(stacked, left, right, alpha=layout.scales[0])
 
 
-class FusedExperts(nn.Module):
+class FusedExperts(Wrapper):
     """A frozen block of experts that is called with other weights, those of :class:`FusedParameter`.
 
     It takes and returns what the block does, and has the block's attributes. The block itself, its parameters and its
     state are never changed; off (``disable_adapter``), it is the block's own call.
     """
+
+    around, saved = True, ()  # what is saved is its sites'
 
     def __init__(self, base_layer: nn.Module, parts: Mapping[str, FusedParameter], owner: Owner, path: str) -> None:
         super().__init__()
@@ -83,6 +86,15 @@ class FusedExperts(nn.Module):
             if name == "base_layer":  # not there yet, or of a mixture that is not in force
                 raise
             return getattr(self.base_layer, name)
+
+    @property
+    def place(self) -> str:
+        """The path of the block in the base."""
+        return self.path
+
+    def sites(self) -> dict[str, RoutedModule]:
+        """Its adapted parameters, whose paths are the parameters'."""
+        return {part.site.path: part for part in self.parts().values()}
 
     def parts(self) -> dict[str, FusedParameter]:
         """The adapted parameters by their names in the block."""

@@ -12,10 +12,8 @@ from torch import nn
 
 from molora.errors import ConfigError
 from molora.forward.recompute import unbind
-from molora.layers.ffn import FFNRows
 from molora.layers.mixture import HEAD, Mixture
-from molora.layers.saved import SavedModule
-from molora.layers.stacked import FusedExperts
+from molora.layers.wrapper import Wrapper
 from molora.model import MixtureModel, adopt
 from molora.surgery.build import Built
 from molora.surgery.install import install, uninstall, wrappers_of
@@ -43,9 +41,7 @@ def park(model: nn.Module) -> Parked:
         raise ConfigError(f"park: got a plain {type(model).__name__}, expected a model that carries a mixture")
     plain, mixture = cast(nn.Module, model), model._molora
     found = list(dict.fromkeys(wrappers_of(plain).values()))
-    wrappers = sorted(
-        found, key=lambda m: isinstance(m, FFNRows | FusedExperts)
-    )  # what is inside of a block goes in before it
+    wrappers = sorted(found, key=lambda m: m.around)  # what is inside of a block goes in before it
     unbind(plain)
     uninstall(plain, mixture, keep_head=True)
     head = plain._modules.get(HEAD)
@@ -54,17 +50,16 @@ def park(model: nn.Module) -> Parked:
     plain.__class__ = mixture.base_class
     del model._molora
     for wrapper in wrappers:
-        setattr(wrapper, _wrapped(wrapper), None)
+        wrapper.wrap(None)
     return Parked(mixture, list(wrappers), head)
 
 
 def unpark(model: nn.Module, parked: Parked) -> None:
     """Put a parked mixture on ``model`` again; nothing else may be in force there. If it fails, all is as before."""
-    modules: dict[str, nn.Module] = {}
+    modules: dict[str, Wrapper] = {}
     for wrapper in cast(Any, parked.wrappers):
-        path = wrapper.path if isinstance(wrapper, SavedModule | FusedExperts) else wrapper.site.path
-        modules[path] = wrapper
-        setattr(wrapper, _wrapped(wrapper), model.get_submodule(path))
+        modules[wrapper.place] = wrapper
+        wrapper.wrap(model.get_submodule(wrapper.place))
     mixture, head = parked.mixture, cast(Any, parked._modules[HEAD])
     built = Built(mixture.config, mixture.sites, mixture.owner, modules, head)
     try:
@@ -73,9 +68,5 @@ def unpark(model: nn.Module, parked: Parked) -> None:
     except BaseException:
         model._modules.setdefault(HEAD, None)
         for wrapper in modules.values():
-            setattr(wrapper, _wrapped(wrapper), None)
+            wrapper.wrap(None)
         raise
-
-
-def _wrapped(wrapper: nn.Module) -> str:
-    return "original" if isinstance(wrapper, SavedModule) else "base_layer"

@@ -20,6 +20,7 @@ from molora.layers.mixture import HEAD, Owner
 from molora.layers.routed import RoutedModule
 from molora.layers.saved import SavedModule
 from molora.layers.stacked import FusedExperts, FusedParameter
+from molora.layers.wrapper import Wrapper
 from molora.routers import BALANCES, ROUTERS, BiasedRouter, HiddenRouter
 from molora.seeds import generator
 from molora.surgery.target_parameters import owner_of
@@ -36,14 +37,12 @@ class Built:
     config: MoloraConfig
     sites: tuple[SiteConfig, ...]
     owner: Owner
-    modules: dict[str, nn.Module]
+    modules: dict[str, Wrapper]
     head: HiddenRouter | None
 
     def routed(self) -> dict[str, RoutedModule]:
         """The sites by path."""
-        fused = (m for m in self.modules.values() if isinstance(m, FusedExperts))
-        sites = {p: m for p, m in self.modules.items() if isinstance(m, RoutedModule)}
-        return sites | {part.site.path: part for m in fused for part in m.parts().values()}
+        return {path: site for m in self.modules.values() for path, site in m.sites().items()}
 
 
 def check_tables(config: MoloraConfig) -> None:
@@ -68,7 +67,7 @@ def build(model: nn.Module, config: MoloraConfig, sites: tuple[SiteConfig, ...],
     """All wrappers of ``sites``, initialised from ``seed``; the model is not touched, the global RNG not advanced."""
     check_tables(config)
     owner = Owner()
-    modules: dict[str, nn.Module] = {}
+    modules: dict[str, Wrapper] = {}
     for site in sorted(sites, key=lambda s: s.role == "rows"):
         placement = config.placements[site.placement]
         if site.role != "parameter":
@@ -80,7 +79,7 @@ def build(model: nn.Module, config: MoloraConfig, sites: tuple[SiteConfig, ...],
     return Built(config, sites, owner, modules, _head(model, config, sites, seed))
 
 
-def _site(base: nn.Module, site: SiteConfig, p: Placement, kernel: str, owner: Owner, seed: int) -> RoutedModule:
+def _site(base: nn.Module, site: SiteConfig, p: Placement, kernel: str, owner: Owner, seed: int) -> Wrapper:
     device, dtype = _place(base)
     start = torch.device("meta") if device.type == "meta" else torch.device("cpu")
     router = None
@@ -90,7 +89,7 @@ def _site(base: nn.Module, site: SiteConfig, p: Placement, kernel: str, owner: O
         if rates and isinstance(router, BiasedRouter):
             router.add_select_bias(rates[0], start)
     if site.role == "rows":
-        wrapper: RoutedModule = FFNRows(base, site, p, owner, router)
+        wrapper: MixtureLinear | FFNRows = FFNRows(base, site, p, owner, router)
     else:
         bank = ExpertBank(site, train=p.train_experts, dtype=dtype, device=start) if site.ranks else None
         if bank is not None:

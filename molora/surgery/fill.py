@@ -11,7 +11,8 @@ from molora.adapter.folder import Described, check_fingerprint
 from molora.config.site import SiteConfig
 from molora.errors import AdapterError, ConfigError, TargetError
 from molora.layers.mixture import HEAD
-from molora.layers.saved import SavedModule
+from molora.layers.routed import RoutedModule
+from molora.layers.wrapper import Wrapper
 from molora.surgery.build import Built, build
 from molora.surgery.target_parameters import stacked_at
 from molora.surgery.trace import linear_shape
@@ -77,9 +78,9 @@ def fill(built: Built, tensors: dict[str, Tensor], folder: str) -> None:
         AdapterError: for a missing, extra or misshapen tensor.
     """
     targets: dict[str, Tensor] = {}
-    saved = {path: m for path, m in built.modules.items() if isinstance(m, SavedModule)}
-    for path, module in {**saved, **built.routed()}.items():
-        for part in ("trained",) if isinstance(module, SavedModule) else ("bank", "router"):
+    keepers: dict[str, Wrapper | RoutedModule] = {path: m for path, m in built.modules.items() if not m.sites()}
+    for path, module in {**keepers, **built.routed()}.items():
+        for part in module.saved:
             child = getattr(module, part, None)
             if child is not None:
                 targets.update({f"{path}.{part}.{n}": t for n, t in child.state_dict(keep_vars=True).items()})

@@ -8,17 +8,12 @@ import torch
 from torch import nn
 
 from molora.errors import TargetError
-from molora.layers.ffn import FFNRows
-from molora.layers.linear import MixtureLinear
 from molora.layers.mixture import HEAD, Mixture
 from molora.layers.routed import RoutedModule
-from molora.layers.saved import SavedModule
-from molora.layers.stacked import FusedExperts
+from molora.layers.wrapper import Wrapper
 from molora.surgery.build import Built
 
 __all__ = ["check_forward", "install", "sites_of", "uninstall", "wrappers_of"]
-
-Wrapper = MixtureLinear | FFNRows | FusedExperts | SavedModule  # what stands in the place of a module of the base
 
 
 def _swap(model: nn.Module, path: str, new: nn.Module) -> None:
@@ -74,7 +69,7 @@ def install(model: nn.Module, built: Built, again: bool = False) -> Mixture:
                 done.append((place, original))
         if built.head is not None:
             model.add_module(HEAD, built.head)
-        keep = {id(p) for m in built.modules.values() for p in _own(m)}
+        keep = {id(p) for m in built.modules.values() for p in m.own_parameters()}
         keep |= set() if built.head is None else {id(p) for p in built.head.parameters()}
         for p in frozen:
             if id(p) not in keep:
@@ -87,12 +82,6 @@ def install(model: nn.Module, built: Built, again: bool = False) -> Mixture:
             p.requires_grad_(True)
         raise
     return Mixture(built.config, built.sites, built.owner, type(model), trainable)
-
-
-def _own(wrapper: nn.Module) -> Iterator[nn.Parameter]:
-    for name, child in wrapper.named_children():
-        if name not in ("base_layer", "original"):
-            yield from child.parameters()
 
 
 def wrappers_of(model: nn.Module) -> dict[str, Wrapper]:
@@ -119,12 +108,12 @@ def sites_of(model: nn.Module) -> dict[str, tuple[str, RoutedModule]]:
 def uninstall(model: nn.Module, mixture: Mixture, keep_head: bool = False) -> None:
     """Put the original modules back, with their ``requires_grad``; banks, routers and trained copies are dropped."""
     outer_first = sorted(wrappers_of(model).items(), key=lambda item: item[0].count("."))
-    around = [p for p, m in outer_first if isinstance(m, FFNRows | FusedExperts)]
+    around = {f"{path}.{m.inner}.": f"{path}." for path, m in outer_first if m.around}
     for path, module in outer_first:
-        original = module.original if isinstance(module, SavedModule) else module.base_layer
-        shortened = path
-        for other in around:
-            shortened = shortened.replace(other + ".base_layer.", other + ".")
+        original, shortened = module.wrapped, path
+        assert original is not None, "a mixture in force wraps modules"
+        for inside, before in around.items():
+            shortened = shortened.replace(inside, before)
         _swap(model, shortened, original)
     if not keep_head:
         model._modules.pop(HEAD, None)

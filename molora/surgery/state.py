@@ -15,11 +15,11 @@ from molora.layers.mixture import HEAD
 from molora.layers.routed import RoutedModule
 from molora.layers.saved import SavedModule
 from molora.layers.stacked import FusedExperts, FusedParameter
+from molora.layers.wrapper import Wrapper
 from molora.surgery.install import sites_of, wrappers_of
 
 __all__ = ["expert_modules", "keep_trained", "merge_expert", "merges", "saved_tensors", "stacks_of", "trained_copies"]
 
-PARTS = ("bank", "router", "trained")  # children of a wrapper that are saved
 T = TypeVar("T")
 
 
@@ -111,9 +111,9 @@ def saved_tensors(model: nn.Module, state_dict: Mapping[str, T] | None = None) -
     """
     state: Mapping[str, Any] = _own_state(model) if state_dict is None else state_dict
     out: dict[str, T] = {}
-    places = [(now, path) for now, (path, _) in sites_of(model).items()]
-    places += [(now, m.path) for now, m in wrappers_of(model).items() if isinstance(m, SavedModule)]
-    wanted = [(f"{now}.{part}.", f"{path}.{part}.") for now, path in places for part in PARTS]
+    places: list[tuple[str, str, tuple[str, ...]]] = [(now, p, m.saved) for now, (p, m) in sites_of(model).items()]
+    places += [(now, m.place, m.saved) for now, m in wrappers_of(model).items() if not m.sites()]
+    wanted = [(f"{now}.{part}.", f"{path}.{part}.") for now, path, saved in places for part in saved]
     wanted.append((f"{HEAD}.", f"{HEAD}."))
     prefixes = dict(wanted)
     for key, tensor in state.items():
@@ -128,7 +128,7 @@ def _own_state(model: nn.Module) -> dict[str, Tensor]:
     """The part of ``model.state_dict()`` that is not the base's: to ask a quantised or offloaded base would read it."""
     state: dict[str, Tensor] = {}
     for path, module in model.named_modules():
-        for part in PARTS if isinstance(module, RoutedModule | SavedModule) else ():
+        for part in module.saved if isinstance(module, RoutedModule | Wrapper) else ():
             child = getattr(module, part, None)
             if isinstance(child, nn.Module):
                 state |= child.state_dict(prefix=f"{path}.{part}.")

@@ -16,6 +16,7 @@ from molora import model as gains
 from molora.errors import AdapterError
 from molora.layers.banks.plain import ExpertBank
 from molora.layers.linear import MixtureLinear
+from molora.layers.wrapper import Wrapper
 from molora.surgery import build as making
 from molora.surgery import install as surgery
 from tests.support import behaviours, tiny
@@ -65,7 +66,7 @@ STEPS = [
     (MixtureLinear, "__init__", 2),
     (ExpertBank, "set_expert", 4),
     (making, "_head", 0),
-    (surgery, "_own", 1),
+    (Wrapper, "own_parameters", 1),
     (gains, "fingerprint", 0),
     (gains, "rebind", 0),
     (gains, "mixture_class", 0),
