@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +85,8 @@ JOB = {
     "SLURM_GPUS_ON_NODE": "8",
 }
 ACCELERATE = "--num_machines 1 --main_process_port 0 --mixed_precision no --dynamo_backend no"
+# The command deepspeed names its interpreter in its first line, which holds no path with a space.
+RUNNER = "python -m deepspeed.launcher.runner"
 TRAIN = "-m molora.cli train --config {at}/run.yaml"
 MODULE = "--module molora.cli train --config {at}/run.yaml"
 
@@ -97,7 +99,7 @@ MODULE = "--module molora.cli train --config {at}/run.yaml"
         (
             "deepspeed.sh",
             {"NUM_GPUS": "4", "MASTER_PORT": "7"},
-            f"deepspeed --num_gpus 4 --master_port 7 --no_local_rank {MODULE} --deepspeed zero2",
+            f"{RUNNER} --num_gpus 4 --master_port 7 --no_local_rank {MODULE} --deepspeed zero2",
         ),
         (
             "accelerate.sh",
@@ -112,12 +114,12 @@ MODULE = "--module molora.cli train --config {at}/run.yaml"
         (
             "multinode.sh",
             {},
-            f"deepspeed --hostfile {{at}}/hosts --master_port 29500 --no_local_rank {MODULE} --deepspeed zero2",
+            f"{RUNNER} --hostfile {{at}}/hosts --master_port 29500 --no_local_rank {MODULE} --deepspeed zero2",
         ),
         (
             "multinode.sh",
             {"NO_SSH": "1", "NODE_RANK": "1", "MASTER_ADDR": "10.0.0.1"},
-            "deepspeed --hostfile {at}/hosts --master_port 29500 --no_local_rank --master_addr 10.0.0.1 --no_ssh "
+            f"{RUNNER} --hostfile {{at}}/hosts --master_port 29500 --no_local_rank --master_addr 10.0.0.1 --no_ssh "
             f"--node_rank 1 {MODULE} --deepspeed zero2",
         ),
         (
@@ -175,7 +177,7 @@ def test_a_launcher_that_is_not_installed(shown: Path, tmp_path: Path, script: s
     tools = tmp_path / "tools"
     tools.mkdir()
     for name in ("bash", "env", "grep", "basename", "cat", "dirname"):
-        (tools / name).symlink_to(next(p for d in os.environ["PATH"].split(":") if (p := Path(d) / name).exists()))
+        (tools / name).symlink_to(str(shutil.which(name)))
     files = [str(shown / name) for name in (("hosts", "run.yaml") if script == "multinode.sh" else ("run.yaml",))]
     done = launch(script, *files, seconds=30, PATH=str(tools))
     assert done.returncode == 2

@@ -29,5 +29,5 @@ need_command deepspeed "pip install 'molora[train]', and "
 
 set_engine "$config" "$@"
 set_num_gpus
-exec deepspeed --num_gpus "$NUM_GPUS" --master_port "${MASTER_PORT:-29500}" --no_local_rank \
+exec python -m deepspeed.launcher.runner --num_gpus "$NUM_GPUS" --master_port "${MASTER_PORT:-29500}" --no_local_rank \
   --module molora.cli train --config "$config" ${engine[@]+"${engine[@]}"} "$@"

@@ -47,4 +47,5 @@ else
   command -v pdsh > /dev/null || fail "pdsh is not on PATH: install it, or start each machine by hand with NO_SSH=1"
 fi
 set_engine "$config" "$@"
-exec deepspeed "${options[@]}" --module molora.cli train --config "$config" ${engine[@]+"${engine[@]}"} "$@"
+exec python -m deepspeed.launcher.runner "${options[@]}" \
+  --module molora.cli train --config "$config" ${engine[@]+"${engine[@]}"} "$@"
