@@ -115,8 +115,10 @@ class MixtureLinear(RoutedModule, Wrapper):
     def forward(self, x: Tensor) -> Tensor:
         """The sum above; shapes and dtypes as in the class docstring."""
         off, frame = context.here(self.owner)
-        if off or (self.model_wide and frame is not None and frame.pass_value == 0.0):
-            return cast(Tensor, self.base_layer(x)) if off else self.base(x)
+        if off:
+            return cast(Tensor, self.base_layer(x))
+        if self.model_wide and frame is not None and frame.pass_value == 0.0:
+            return self.base(x)
         x_TI = x.reshape(-1, x.shape[-1])
         dropped_TI = self.dropped(x_TI)
         routing = self._routing(x_TI, dropped_TI)
