@@ -26,7 +26,6 @@ TOLERANCES = {
     "peft_xlora": Tolerance(1e-4, 1e-5, "two passes; PEFT gates the input of A, molora its output"),
     "fp16": Tolerance(4e-3, 0.0, "float16 has 11 bits of mantissa; root mean squares, since one element says little"),
     "bf16": Tolerance(2e-2, 0.0, "bfloat16 has 8 bits of mantissa; root mean squares, since one element says little"),
-    "resumed": Tolerance(1e-6, 1e-6, "the same steps in new processes; only an all-reduce may add in another order"),
     "real_model_fp32": Tolerance(5e-6, 5e-6, "float32 through 30 layers and some steps of AdamW, rows split otherwise"),
     "additive": Tolerance(6e-6, 6e-6, "float32 sums over rows split into micro-batches"),
     "interpreter_fp32": Tolerance(2e-6, 2e-6, "numpy's BLAS in Triton's interpreter rounds by a row's place in a tile"),

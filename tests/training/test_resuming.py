@@ -55,12 +55,10 @@ def test_one_process_resumes_bit_for_bit(recipe: str, alone: Path) -> None:
 
 
 @pytest.mark.parametrize(("engine", "recipe"), resuming.cases(alone=False))
-def test_two_processes_resume(engine: str, recipe: str, two: Path) -> None:
+def test_two_processes_resume_bit_for_bit(engine: str, recipe: str, two: Path) -> None:
     whole, resumed = read(two, f"{engine}-{recipe}", "begin"), read(two, f"{engine}-{recipe}", "go on")
-    close(resumed["loss"], whole["loss"], "resumed")
-    assert resumed["state"].keys() == whole["state"].keys()
-    for name, t in whole["state"].items():
-        close(resumed["state"][name], t, "resumed")
+    assert torch.equal(resumed["loss"], whole["loss"])  # a sum of two processes has one order
+    assert_same(resumed["state"], whole["state"])
 
 
 @pytest.mark.parametrize("engine", resuming.ENGINES)
