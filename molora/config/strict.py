@@ -17,10 +17,12 @@ from typing import Any, TypeVar, cast
 
 from molora.errors import ConfigError, nearest
 
-__all__ = ["PerLayer", "Strict", "all_faults", "at_least", "choice", "matches", "shown", "type_name"]
+__all__ = ["PerLayer", "Strict", "all_faults", "at_least", "choice", "matches", "shown", "type_name", "unwritten"]
 
 PerLayer = int | tuple[int, ...]
 T = TypeVar("T", bound="Strict")
+V = TypeVar("V")
+UNWRITTEN = "unwritten"  # in a field's metadata
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 _SHORT.maxtuple = _SHORT.maxlist = _SHORT.maxdict = 12
@@ -135,8 +137,9 @@ class Strict:
         return faults + [fault for fault in probe.faults() if names is None or not names.search(fault)]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values (dicts, lists, numbers, strings, booleans, None), in field order."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        """Plain JSON values (dicts, lists, numbers, strings, booleans, None), in field order; see :func:`unwritten`."""
+        values = {f: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {f.name: _plain(v) for f, v in values.items() if not (UNWRITTEN in f.metadata and v == f.default)}
 
     @classmethod
     def from_dict(cls: type[T], data: Mapping[str, Any]) -> T:
@@ -167,6 +170,12 @@ class Strict:
     def replace(self: T, **changes: Any) -> T:
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
+
+
+def unwritten(default: V) -> V:
+    """A field that is not written where it has its default: files of before it was there stay as they are."""
+    value: V = dataclasses.field(default=default, metadata={UNWRITTEN: True})
+    return value
 
 
 @functools.cache

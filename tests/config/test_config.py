@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, event, given, settings
 import molora
 from molora.config import BalanceConfig, GateConfig, MoloraConfig, Placement, RouterConfig, per_layer
 from molora.config.site import SiteConfig
+from molora.config.strict import Strict, unwritten
 from molora.errors import ConfigError, MoloraError
 from molora.recipes import RECIPES
 from molora.surgery import resolve
@@ -220,3 +222,18 @@ def test_recipe_is_documented(recipe: str, root: Path):
     assert function(**own).recipe == recipe
     readme = (ROOT / "README.md").read_text()
     assert re.search(rf"^\|.*`{recipe}`", readme, re.MULTILINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Newer(Strict):
+    """A config that got a field after files of it were written."""
+
+    old: int = 1
+    new: str = unwritten("as before")
+
+
+def test_a_field_that_came_later_is_not_written_at_its_default() -> None:
+    assert Newer().to_dict() == {"old": 1}
+    assert Newer(new="other").to_dict() == {"old": 1, "new": "other"}
+    assert Newer.from_dict({"old": 1}) == Newer()
+    assert Newer.from_dict(Newer(new="other").to_dict()).new == "other"
