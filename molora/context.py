@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.config import BalanceConfig
+from molora.config.options import BalanceOptions
 from molora.errors import ConfigError
 from molora.routing import Routing
 
@@ -34,7 +34,7 @@ class Report:
     site: str
     layer: int
     stream: str
-    rule: BalanceConfig
+    rule: BalanceOptions
     routing: Routing
     valid_BS: Tensor
     task_BS: Tensor | None
@@ -46,7 +46,7 @@ class Observation:
 
     site: str
     layer: int
-    rule: BalanceConfig
+    rule: BalanceOptions
     num_experts: int
     tensors: tuple[Tensor, ...]
     valid_B: Tensor

@@ -10,10 +10,11 @@ from torch import nn
 from molora.adapter.peft_lora import LoraAdapter
 from molora.config import MoloraConfig
 from molora.errors import ConfigError
-from molora.initialisers.from_weight import start_experts
+from molora.initialisers import start_experts
 from molora.model import MixtureModel, adopt
 from molora.recipes import config_of
-from molora.surgery.build import build, check_tables
+from molora.recipes.check import check
+from molora.surgery.build import build
 from molora.surgery.install import check_forward, install
 from molora.surgery.ready_made import aligned, copy_in, on_cpu, warm_start
 from molora.surgery.resolve import resolve
@@ -66,5 +67,5 @@ def _check(model: nn.Module, config: MoloraConfig) -> None:
         raise ConfigError(
             f"convert: this model already carries the recipe {model._molora.config.recipe!r}; call model.unload() first"
         )
-    check_tables(config)
+    check(config)
     check_forward(model)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from molora import processes
+from molora.routers.base import Router
 
 __all__ = ["BiasedRouter", "update_biases"]
 
@@ -23,9 +24,10 @@ _biased: weakref.WeakSet[BiasedRouter] = weakref.WeakSet()
 _numbers = itertools.count()  # processes that build the same model give its routers the same order
 
 
-class BiasedRouter(nn.Module):
+class BiasedRouter(Router):
     """A router that may carry ``select_bias`` (E,), a buffer and never a parameter (arXiv 2408.15664, sec. 3.1)."""
 
+    steerable = True
     select_bias: Tensor | None
     load_counts: Tensor | None
     number = 0

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from molora.config import GateConfig, RouterConfig
+from molora.config.options import GateOptions, RouterOptions
+from molora.routers.base import Router
 from molora.routing import ROUTER_DTYPE
 
 __all__ = ["FixedRouter"]
 
 
-class FixedRouter(nn.Module):
+class FixedRouter(Router):
     """Logits of 0 for every expert; sites skip it and use weight 1. No parameters."""
 
-    chooses = False  # whether tokens are routed; if not, every expert is always on
+    chooses = False
 
     def __init__(
         self,
         in_features: int,
         num_experts: int,
-        config: RouterConfig,
-        gate: GateConfig,
+        config: RouterOptions,
+        gate: GateOptions,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()

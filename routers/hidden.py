@@ -5,33 +5,35 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from molora.config import GateConfig, RouterConfig
-from molora.routers.gates import gate
+from molora.config import RouterConfig
+from molora.config.options import GateOptions
+from molora.routers.base import Router
+from molora.routers.gates import GATES
 from molora.routing import ROUTER_DTYPE, Routing, as_dtype, autocast_on
 
 __all__ = ["HiddenRouter"]
 
 
-class HiddenRouter(nn.Module):
+class HiddenRouter(Router):
     """``depth`` linears with ReLU and dropout between them, float32 (X-LoRA, arXiv 2402.07148, sec. II).
 
     ``layers``: hidden -> size -> ... -> E, or E * M with ``config.layerwise``, M = ``num_sites``.
     """
 
-    chooses = True  # whether tokens are routed; if not, every expert is always on
+    sits = ("model",)
 
     def __init__(
         self,
         hidden_size: int,
         num_experts: int,
         config: RouterConfig,
-        gate_config: GateConfig,
+        gate_config: GateOptions,
         num_sites: int,
         device: torch.device | None = None,
     ) -> None:
@@ -54,7 +56,7 @@ class HiddenRouter(nn.Module):
                 for p in layer.parameters():
                     p.uniform_(-bound, bound, generator=generator)
 
-    def resized(self, sources: Sequence[int | None]) -> Self:
+    def resized(self, sources: Sequence[int | None], *options: Any) -> Self:
         """A head of this class with the experts ``sources`` alone; there is no new one (its gates are learned).
 
         The last linear has a row for each site and expert, the experts side by side.
@@ -89,7 +91,7 @@ class HiddenRouter(nn.Module):
         logits_TME = self(hidden_BSD)
         top_k = self.gate_config.top_k
         assert top_k is None or isinstance(top_k, int)
-        flat = gate(logits_TME.flatten(0, 1), self.gate_config, top_k)
+        flat = GATES[self.gate_config.kind].route(logits_TME.flatten(0, 1), self.gate_config, top_k)
         tokens = logits_TME.shape[0]
         weights, ids, logits = (self._per_site(t, tokens) for t in (flat.weights, flat.ids, flat.logits))
         probs = weights if flat.probs is flat.weights else self._per_site(flat.probs, tokens)  # the same when dense

@@ -14,6 +14,7 @@ from molora.errors import ConfigError
 from molora.eval.counting.inputs import ENCODER, continues, digest_of, main_input, streams
 from molora.eval.counting.stats import BYTES, RoutingStats, Sample, SiteInfo
 from molora.eval.counting.tally import Tally, exact, pair_counts, parts, tally
+from molora.routers import GATES
 from molora.routing import Routing
 from molora.surgery.install import sites_of
 
@@ -28,7 +29,8 @@ def routed_sites(model: nn.Module) -> tuple[SiteInfo, ...]:
     out = []
     for _, m in sites_of(model).values():
         if (m.router is not None or m.model_wide) and not m.always_on and m.site.num_experts > 1:
-            E, dense = m.site.num_experts, m.site.top_k is None and m.placement.gate.top_p is None
+            E, gate = m.site.num_experts, m.placement.gate
+            dense = GATES[gate.kind].choice_of(gate) == "dense"
             out.append(SiteInfo(m.site.path, m.site.layer, E, m.site.top_k or E, dense, m.site.mask))
     return tuple(out)
 

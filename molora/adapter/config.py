@@ -18,7 +18,7 @@ from molora.config.strict import PerLayer, Strict
 from molora.errors import AdapterError, ConfigError
 from molora.kernels.dispatch import FORMER_NAMES, KERNELS
 from molora.layers.mixture import HEAD
-from molora.routers import BALANCES, ROUTERS, BiasedRouter
+from molora.routers import BALANCES, GATES, ROUTERS
 
 __all__ = [
     "FORMAT",
@@ -38,7 +38,6 @@ NAME = "base_model_name_or_path"
 UNKNOWN = 999_999_937  # stands for the width of the hidden states while a head is built; nothing else has this width
 ANY = -1  # in an expected shape: whatever the model has
 MAX_EXPERTS = 1 << 24  # over all sites; ranks and scales are spelled out per expert when a bank is built
-MAX_DEPTH = 64  # linears in a model-wide router
 
 Shape = tuple[int, ...]
 Header = Mapping[str, tuple[Shape, torch.dtype]]
@@ -90,8 +89,7 @@ class AdapterConfig(Strict):
         for p in self.config.placements:
             out += _unknown("router", p.router.kind, ROUTERS)
             out += [fault for b in p.balance for fault in _unknown("balance rule", b.kind, BALANCES)]
-            if p.router.depth > MAX_DEPTH:
-                out.append(f"router: got a depth of {p.router.depth}, expected at most {MAX_DEPTH}")
+            out += _unknown("gate", p.gate.kind, GATES)
         out += _unknown("kernel", self.config.kernel, ("auto", *KERNELS, *FORMER_NAMES))
         return out[:10]
 
@@ -182,11 +180,11 @@ def _router(placement: Placement, *sizes: int) -> dict[str, Shape]:
     kind, router, gate = placement.router.kind, placement.router, placement.gate
     in_features, num_experts, *num_sites = sizes
     try:
-        built = ROUTERS[kind](in_features, num_experts, router, gate, *num_sites, torch.device("meta"))  # type: ignore[arg-type, call-arg]
-    except (RuntimeError, TypeError) as e:  # a size that overflows; a kind that takes other sizes
+        built = ROUTERS[kind](in_features, num_experts, router, gate, *num_sites, torch.device("meta"))
+    except (RuntimeError, TypeError, AttributeError) as e:  # a size that overflows; a kind that takes other sizes
         raise ConfigError(f"a router of kind {kind!r} and scope {router.scope!r} cannot have sizes {sizes}: {e}") from e
     shapes = {name: tuple(t.shape) for name, t in built.state_dict().items()}
-    if isinstance(built, BiasedRouter) and any(BALANCES[b.kind].steers for b in placement.balance):
+    if built.steerable and any(BALANCES[b.kind].steers for b in placement.balance):
         shapes["select_bias"] = (num_experts,)
     return shapes
 

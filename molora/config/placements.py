@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 
-from molora.config.options import MOST, BalanceConfig, GateConfig, RouterConfig
-from molora.config.strict import PerLayer, Strict, at_least, choice, shown
+from molora.config.options import (
+    MOST,
+    BalanceConfig,
+    BalanceOptions,
+    GateConfig,
+    GateOptions,
+    PenaltyOptions,
+    RouterConfig,
+    RouterOptions,
+)
+from molora.config.strict import PerLayer, Strict, at_least, choice, shown, unwritten
 
 __all__ = [
-    "STARTS",
     "BalanceConfig",
     "GateConfig",
     "MoloraConfig",
@@ -18,13 +25,6 @@ __all__ = [
     "RouterConfig",
     "per_layer",
 ]
-
-STARTS = ("kaiming", "gaussian", "random", "orthogonal", "mica", "pissa", "olora")
-IN_STEPS = re.compile("(pissa)_niter_[0-9]{1,3}")  # the same by that many steps of an approximation
-FROM_THE_BASE = ("orthogonal", "mica", "pissa", "olora")  # PEFT computes them for each linear
-TAKEN_BACK = ("pissa", "olora")  # B A is a part of the weight, which each expert's frozen ranks take back
-FROZEN_B = ("mica",)  # trains A alone
-IN_HALVES = ("orthogonal",)  # one half of an expert's ranks spans A, the other B
 
 
 def per_layer(value: PerLayer, index: int | None, num_layers: int) -> int:
@@ -41,7 +41,10 @@ class Placement(Strict):
     ``select`` splits the targeted linears: ``ffn`` (those of feed-forward blocks), ``rest``, or ``all``.
     ``unit`` ``linear`` mixes the outputs of one linear, ``ffn`` the outputs of the whole feed-forward block.
     ``scale_by``: alpha over ``r``, ``sqrt_r`` or ``top_k``, times ``global_scale``. ``sampled``: per-layer tuples are
-    a recipe's default, so one longer than the model is sampled and not refused.
+    a recipe's default, so one longer than the model is sampled and not refused. ``init_lora_weights``: a key of
+    ``INITIALISERS``. ``penalties``: terms of the loss on the experts' parameters, each by a key of ``PENALTIES``.
+
+    What depends on an entry of a table is checked by :func:`molora.recipes.check.entry_faults`.
     """
 
     unit: str = "linear"
@@ -54,18 +57,18 @@ class Placement(Strict):
     scale_by: str = "r"
     global_scale: float = 1.0
     init_lora_weights: str = "kaiming"
-    router: RouterConfig = field(default_factory=RouterConfig)
-    gate: GateConfig = field(default_factory=GateConfig)
-    balance: tuple[BalanceConfig, ...] = ()
+    router: RouterOptions = field(default_factory=RouterConfig)
+    gate: GateOptions = field(default_factory=GateConfig)
+    balance: tuple[BalanceOptions, ...] = ()
     train_experts: bool = True
     imported: bool = False
     sampled: bool = False
+    penalties: tuple[PenaltyOptions, ...] = unwritten(())
 
     def faults(self) -> list[str]:
         """Values out of range and options that contradict each other."""
         out = choice("unit", self.unit, ("linear", "ffn")) + choice("select", self.select, ("all", "ffn", "rest"))
         out += choice("scale_by", self.scale_by, ("r", "sqrt_r", "top_k"))
-        out += choice("init_lora_weights", self.start, STARTS)
         out += at_least("num_experts", self.num_experts, 1, MOST) + at_least("r", self.r, 1, MOST)
         if self.lora_alpha <= 0:
             out.append(f"lora_alpha: got {self.lora_alpha}, expected a value above 0")
@@ -73,35 +76,7 @@ class Placement(Strict):
             out.append(f"lora_dropout: got {self.lora_dropout}, expected a value in [0, 1)")
         if self.imported and self.rank_one:
             out.append("rank_one: got imported=True, expected experts of their own ranks")
-        if self.imported and self.start in FROM_THE_BASE:
-            out.append(
-                f"init_lora_weights: got {self.init_lora_weights!r} for experts that are ready-made, expected True"
-            )
-        ranks = self.r if isinstance(self.r, tuple) else (self.r,)
-        if self.init_lora_weights in IN_HALVES and (self.rank_one or any(r % 2 for r in ranks)):
-            got = "experts of one rank" if self.rank_one else f"r={shown(self.r)}"
-            out.append(f"init_lora_weights={self.init_lora_weights!r}: got {got}, expected even ranks")
         return out + self._unit_faults() + self._gate_faults() + self._balance_faults()
-
-    @property
-    def start(self) -> str:
-        """The start's entry of ``STARTS``: without a number of steps."""
-        in_steps = IN_STEPS.fullmatch(self.init_lora_weights)
-        return self.init_lora_weights if in_steps is None else in_steps[1]
-
-    @property
-    def takes_back(self) -> bool:
-        """Whether experts start at a part of the weight, so that frozen ranks of theirs have to take it back."""
-        return self.start in TAKEN_BACK
-
-    @property
-    def trains_B(self) -> bool:
-        """Whether the experts' B is trained, and not A alone."""
-        return self.train_experts and self.init_lora_weights not in FROZEN_B
-
-    def trains(self, parameter: str) -> bool:
-        """Whether a bank's parameter of that name is trained."""
-        return {"lora_A": self.train_experts, "lora_B": self.trains_B}.get(parameter, False)
 
     def _unit_faults(self) -> list[str]:
         out, router, gate = [], self.router, self.gate
@@ -109,11 +84,11 @@ class Placement(Strict):
             out.append(f"select={self.select!r}: got a router of scope 'block', expected select='ffn' with it")
         if self.select == "ffn" and router.scope != "block" and (self.unit, router.scope) != ("linear", "module"):
             out.append(f"select='ffn', unit={self.unit!r}: got a router of scope {router.scope!r}, expected 'block'")
-        if self.unit == "ffn" and (self.select != "ffn" or router.kind == "fixed" or router.dropped_input):
+        if self.unit == "ffn" and (self.select != "ffn" or router.dropped_input):
             out.append("unit='ffn': needs select='ffn' and a router that chooses and sees the whole input")
         if router.scope == "model":
             one_per_layer = isinstance(gate.top_k, tuple) or isinstance(self.num_experts, tuple) or self.rank_one
-            if one_per_layer or gate.capacity is not None or gate.jitter or gate.partition != 1:
+            if one_per_layer or gate.jitter or gate.partition != 1:
                 out.append(
                     "a router of scope 'model': needs one num_experts and one top_k for all layers, and no rank_one, "
                     "capacity, jitter or partition"
@@ -131,26 +106,13 @@ class Placement(Strict):
             out.append(f"partition: got {self.gate.partition}, expected a divisor of the experts {shown(experts)}")
         if self.imported and self.gate.partition != 1:
             out.append(f"partition: got {self.gate.partition}, expected 1 for ready-made experts")
-        taught = any(b.coef > 0 for b in self.balance if b.kind not in ("z", "bias"))
-        several = max(counts) > 1 or self.imported
-        if self.gate.constant_weight() and self.router.kind != "fixed" and self.router.train and several and not taught:
-            out.append(
-                "top_k=1: the chosen expert's weight is the constant 1, so the task loss gives the router no gradient;"
-                " use a balance or gate loss above 0, hard_weight='prob' or 'ste', or a larger top_k"
-            )
         return out
 
     def _balance_faults(self) -> list[str]:
         out = []
-        if self.balance and self.router.kind == "fixed":
-            out.append("balance: got a rule for a router that chooses nothing, expected none")
-        if len(set(self.balance)) < len(self.balance):
-            out.append("balance: got the same rule twice, expected each once")
-        biases = [b for b in self.balance if b.kind == "bias"]
-        if len(biases) > 1 or (biases and (self.gate.top_k is None or self.router.scope == "model")):
-            out.append(
-                "balance: a 'bias' rule steers a choice: expected one at most, with a top_k and a router per module"
-            )
+        for name, rules in (("balance", self.balance), ("penalties", self.penalties)):
+            if len(set(rules)) < len(rules):
+                out.append(f"{name}: got the same rule twice, expected each once")
         return out
 
 
@@ -201,12 +163,6 @@ class MoloraConfig(Strict):
         selects = [p.select for p in self.placements]
         if len(set(selects)) < len(selects) or ("all" in selects and len(selects) > 1):
             out.append(f"placements: got select={selects}, expected 'all' alone, or 'ffn' and 'rest' once each at most")
-        started = [p.init_lora_weights for p in self.placements if p.start in FROM_THE_BASE]
-        odd = [f"{name}={r}" for name, r in self.rank_pattern if r % 2]
-        if odd and any(s in IN_HALVES for s in started):
-            out.append(f"rank_pattern: got {odd[0]} with init_lora_weights={started[0]!r}, expected even ranks")
-        if self.init_from and started:
-            out.append(f"init_from: got init_lora_weights={started[0]!r} too, expected one of the two starts")
         given = [n for n in ("init_from", "rank_pattern", "alpha_pattern") if getattr(self, n)]
         if given and any(p.imported for p in self.placements):
             out.append(f"{', '.join(given)}: got values for experts that are ready-made, expected none")
@@ -217,21 +173,12 @@ class MoloraConfig(Strict):
         if not self.target_parameters:
             return []
         what, out = "target_parameters", []
-        always = [p for p in self.placements if p.router.kind == "fixed" and p.num_experts == 1]
-        if len(always) != 1 or len(self.placements) != 1 or len(self.adapters) > 1:
-            out.append(
-                f"{what}: got recipe {self.recipe!r}, expected 'lora': the base's experts run as one function of their "
-                "weights, which are the same for all tokens of a forward, and a mixture's depend on the token"
-            )
         for p in self.placements:
             if p.lora_dropout:
                 out.append(
                     f"{what}: got lora_dropout={p.lora_dropout}, expected 0: B A is added to the weight itself, and "
                     "never sees the input that dropout is for"
                 )
-            if p.start in FROM_THE_BASE:
-                got = f"init_lora_weights={p.init_lora_weights!r}"
-                out.append(f"{what}: got {got}, expected True, 'gaussian' or False: that start is for linears")
         return out
 
     def without_folders(self) -> MoloraConfig:

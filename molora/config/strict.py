@@ -13,14 +13,28 @@ import types
 import typing
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 
 from molora.errors import ConfigError, nearest
 
-__all__ = ["PerLayer", "Strict", "all_faults", "at_least", "choice", "matches", "shown", "type_name", "unwritten"]
+__all__ = [
+    "ByKind",
+    "PerLayer",
+    "Strict",
+    "all_faults",
+    "at_least",
+    "choice",
+    "matches",
+    "report",
+    "shown",
+    "type_name",
+    "unwritten",
+    "well_typed",
+]
 
 PerLayer = int | tuple[int, ...]
 T = TypeVar("T", bound="Strict")
+K = TypeVar("K", bound="ByKind")
 V = TypeVar("V")
 UNWRITTEN = "unwritten"  # in a field's metadata
 _SHORT = reprlib.Repr()
@@ -88,6 +102,23 @@ def all_faults(title: str) -> Iterator[None]:
         _collector.found = before
     if found:
         raise ConfigError(_listed(title, list(dict.fromkeys(found))))
+
+
+def report(title: str, faults: Sequence[str]) -> None:
+    """Faults found outside of a config class: kept for the end of a block of :func:`all_faults`, else raised now."""
+    if faults and _collector.found is None:
+        raise ConfigError(_listed(title, faults))
+    if faults and _collector.found is not None:
+        _collector.found += faults
+
+
+def well_typed(config: Strict) -> bool:
+    """Whether a config that was built within :func:`all_faults` holds values of its fields' types, all the way down."""
+    if getattr(config, "_ill_typed", False):
+        return False
+    values = [getattr(config, f.name) for f in dataclasses.fields(config)]
+    parts = [part for v in values for part in (v if isinstance(v, tuple) else (v,))]
+    return all(well_typed(part) for part in parts if isinstance(part, Strict))
 
 
 def _listed(title: str, faults: Sequence[str]) -> str:
@@ -170,6 +201,36 @@ class Strict:
     def replace(self: T, **changes: Any) -> T:
         """A copy with some fields changed, checked again."""
         return dataclasses.replace(self, **changes)
+
+
+class ByKind(Strict):
+    """Options of the entries of one table. Entries share the options of before, or have a class of their own.
+
+    A family is ``class XOptions(ByKind)`` with the fields that every entry has, ``kind`` among them. A subclass with
+    options of its own is ``class MineConfig(XOptions)`` with ``kind: str = "mine"``: entries of that kind are read
+    from JSON as this class. All other kinds are read as the family's first subclass.
+    """
+
+    kind: str
+    _classes: ClassVar[dict[str, type[ByKind]]]
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        if ByKind in cls.__bases__:
+            cls._classes = {}
+            return
+        own = vars(cls).get("kind", "")  # of the first, which all kinds without a class of their own share, none
+        cls._classes[str(own.default if isinstance(own, dataclasses.Field) else own)] = cls
+
+    @classmethod
+    def from_dict(cls: type[K], data: Mapping[str, Any]) -> K:
+        """As :meth:`Strict.from_dict`; of the family, an instance of the class of the kind."""
+        if ByKind not in cls.__bases__:
+            return super().from_dict(data)
+        kind = data.get("kind") if isinstance(data, Mapping) else None
+        common = cls._classes[""]
+        chosen = cls._classes.get(kind, common) if isinstance(kind, str) else common
+        return cast(K, chosen.from_dict(data))
 
 
 def unwritten(default: V) -> V:

@@ -12,6 +12,7 @@ from torch import Tensor
 from molora.config import MoloraConfig
 from molora.data.examples import IGNORED, Example
 from molora.errors import ConfigError
+from molora.routers import GATES
 
 __all__ = ["check_packing", "pack"]
 
@@ -62,7 +63,7 @@ def check_packing(model: Any, config: MoloraConfig) -> None:
         ConfigError: the model looks at the text before, or the mixture counts tokens per row.
     """
     name = type(model).__name__
-    if any(p.gate.capacity is not None for p in config.placements):
+    if any(GATES[p.gate.kind].couples_tokens(p.gate) for p in config.placements):
         raise ConfigError("packing: got experts with a capacity per row, which texts in one row would share; leave one")
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         raise ConfigError("packing: is checked by running the model, which ZeRO-3 took apart already; use ZeRO-2")

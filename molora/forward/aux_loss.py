@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from molora.config import BalanceConfig
+from molora.config.options import BalanceOptions
 from molora.context import Frame, Report
 from molora.errors import ConfigError
 from molora.layers.mixture import Mixture
@@ -58,7 +58,7 @@ def balance_loss(
     model: nn.Module, frame: Frame, arguments: dict[str, Any]
 ) -> tuple[Tensor | float, Tensor | None] | None:
     """(sum of coef * aux, plain mean over routers) of what the routers reported to ``frame``; None without a report."""
-    by_rule: dict[BalanceConfig, list[Report]] = defaultdict(list)
+    by_rule: dict[BalanceOptions, list[Report]] = defaultdict(list)
     for report in frame.observations or ():
         by_rule[report.rule].append(report)
     asked = [(rule, observe_all(rule, reports)) for rule, reports in by_rule.items()]

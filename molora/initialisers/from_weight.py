@@ -5,36 +5,21 @@ Experts differ from the first step on: each has its own draw, or its own share o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from molora import processes
 from molora.errors import ConfigError
 from molora.extras import FAULTS, need
+from molora.initialisers.base import Initialiser
 from molora.layers.banks.plain import ExpertBank
 from molora.layers.linear import MixtureLinear
 from molora.seeds import generator
 
-__all__ = ["STARTED_BY_PEFT", "deal_out", "dealt", "peft_start", "readable_weight", "start_experts"]
-
-
-def start_experts(sites: Mapping[str, nn.Module], seed: int) -> None:
-    """Start the banks whose placement asks for a start of PEFT; banks on the meta device hold nothing to start.
-
-    Raises:
-        ConfigError: for ranks or base weights that the start cannot be computed from; PEFT not installed.
-    """
-    for path, site in sites.items():
-        if not isinstance(site, MixtureLinear) or site.bank is None:
-            continue
-        make = STARTED_BY_PEFT.get(site.placement.start)
-        if make is not None and site.bank.lora_A.device.type != "meta":
-            with torch.no_grad(), processes.whole(getattr(site.base_layer, "weight", None)):
-                make(site, site.bank, path, seed)
+__all__ = ["MiCA", "OLoRA", "Orthogonal", "PiSSA", "deal_out", "dealt", "peft_start", "readable_weight"]
 
 
 def dealt(ranks: Sequence[int]) -> list[list[int]]:
@@ -53,37 +38,67 @@ def deal_out(bank: ExpertBank, A_RI: Tensor, B_OR: Tensor) -> None:
     bank.take_start_back()
 
 
-def _orthogonal(m: MixtureLinear, bank: ExpertBank, path: str, seed: int) -> None:
+class Orthogonal(Initialiser):
     """PEFT's orthogonal start, one draw for each expert.
 
     With Q a random orthogonal (r, r) matrix, ``A = (X Q_odd)^T / 10`` and ``B = Y Q_even / 10``, so ``B A = 0``. Ranks
-    are even, as the config sees to.
+    are even.
     """
-    stand_in = torch.zeros(bank.lora_B.shape[0], bank.lora_A.shape[1])
-    for e, r in enumerate(bank.ranks):
-        bank.set_expert(e, *peft_start("orthogonal", stand_in, r, generator(seed, path, "orthogonal", str(e))))
+
+    about = "A and B in orthogonal halves of each expert's ranks"
+    needs_linear = in_halves = True
+
+    @classmethod
+    def start(cls, m: MixtureLinear, bank: ExpertBank, path: str, seed: int) -> None:
+        """See the class."""
+        stand_in = torch.zeros(bank.lora_B.shape[0], bank.lora_A.shape[1])
+        for e, r in enumerate(bank.ranks):
+            bank.set_expert(e, *peft_start("orthogonal", stand_in, r, generator(seed, path, "orthogonal", str(e))))
 
 
-def _mica(m: MixtureLinear, bank: ExpertBank, path: str, seed: int) -> None:
+class MiCA(Initialiser):
     """MiCA's start (arXiv 2604.01694): B the left singular vectors of the smallest singular values, A zero.
 
     The R vectors of the smallest values are dealt out, so that one expert alone starts as in PEFT.
     """
-    R = sum(bank.ranks)
-    weight_OI = readable_weight(m, R, "init_lora_weights='mica'")
-    _, B_OR = peft_start("mica", weight_OI, R, generator(seed, path))
-    bank.lora_A.zero_()
-    for e, picks in enumerate(dealt(bank.ranks)):
-        bank.lora_B[:, bank.span(e)] = B_OR[:, sorted(R - 1 - i for i in picks)].to(bank.lora_B)
+
+    about = "B from the weight's minor singular vectors, frozen, zero A"
+    needs_linear, trains_B = True, False
+
+    @classmethod
+    def start(cls, m: MixtureLinear, bank: ExpertBank, path: str, seed: int) -> None:
+        """See the class."""
+        R = sum(bank.ranks)
+        weight_OI = readable_weight(m, R, "init_lora_weights='mica'")
+        _, B_OR = peft_start("mica", weight_OI, R, generator(seed, path))
+        bank.lora_A.zero_()
+        for e, picks in enumerate(dealt(bank.ranks)):
+            bank.lora_B[:, bank.span(e)] = B_OR[:, sorted(R - 1 - i for i in picks)].to(bank.lora_B)
 
 
-def _part_of_the_weight(m: MixtureLinear, bank: ExpertBank, path: str, seed: int) -> None:
-    """PiSSA (arXiv 2404.02948, eq. 2-3): ``s B0 A0`` the weight's principal part; OLoRA (arXiv 2406.01775, alg. 1): B0
-    the first columns of Q and A0 the first rows of R, ``W = Q R``. Both for the R ranks of all experts, dealt out.
+class PiSSA(Initialiser):
+    """PiSSA (arXiv 2404.02948, eq. 2-3): ``s B0 A0`` the weight's principal part, to the R ranks of all experts.
+
+    The ranks are dealt out, and each expert takes its own part back.
     """
-    R, name = sum(bank.ranks), m.placement.init_lora_weights
-    weight_OI = readable_weight(m, R, f"init_lora_weights={name!r}")
-    deal_out(bank, *peft_start(name, weight_OI, R, generator(seed, path), scale=bank.scales[0]))
+
+    name = "'pissa' or 'pissa_niter_[steps]'"
+    about = "A and B of the weight's principal singular vectors"
+    needs_linear = takes_back = in_steps = True
+
+    @classmethod
+    def start(cls, m: MixtureLinear, bank: ExpertBank, path: str, seed: int) -> None:
+        """See the class."""
+        R, name = sum(bank.ranks), m.placement.init_lora_weights
+        weight_OI = readable_weight(m, R, f"init_lora_weights={name!r}")
+        deal_out(bank, *peft_start(name, weight_OI, R, generator(seed, path), scale=bank.scales[0]))
+
+
+class OLoRA(PiSSA):
+    """OLoRA (arXiv 2406.01775, alg. 1): B0 the first columns of Q and A0 the first rows of R, ``W = Q R``."""
+
+    name, about = "", "of its QR decomposition"
+    in_steps = False
 
 
 def readable_weight(m: MixtureLinear, ranks: int, what: str) -> Tensor:
@@ -147,11 +162,3 @@ def peft_start(
         torch.default_generator.manual_seed(rng.initial_seed())
         layer: Any = Linear(base, "default", config, r=rank, lora_alpha=alpha)
     return layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
-
-
-STARTED_BY_PEFT: dict[str, Callable[[MixtureLinear, ExpertBank, str, int], None]] = {
-    "orthogonal": _orthogonal,
-    "mica": _mica,
-    "pissa": _part_of_the_weight,
-    "olora": _part_of_the_weight,
-}

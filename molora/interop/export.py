@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from molora.adapter.atomic_save import save_folder
 from molora.adapter.peft_lora import Module
 from molora.adapter.peft_lora_writer import write_peft_lora
+from molora.config import GateConfig, RouterConfig
 from molora.config.strict import matches
 from molora.errors import ConfigError, nearest
 from molora.interop.xlora_of_peft import CLASSIFIER, PEFT_TYPE
@@ -53,17 +54,24 @@ def export_xlora(model: nn.Module, save_directory: str | os.PathLike[str]) -> No
         CheckpointError: when a folder cannot be written or holds something else.
     """
     mixture, head = _mixture(model, "export_xlora"), getattr(model, HEAD, None)
-    if not isinstance(head, HiddenRouter) or len(mixture.config.placements) > 1 or mixture.config.modules_to_save:
+    placement = mixture.config.placements[0]
+    router, gate = placement.router, placement.gate
+    if (
+        not isinstance(head, HiddenRouter)
+        or not isinstance(router, RouterConfig)
+        or not isinstance(gate, GateConfig)
+        or len(mixture.config.placements) > 1
+        or mixture.config.modules_to_save
+    ):
         raise ConfigError(
             f"export_xlora: got recipe {mixture.config.recipe!r}, expected one placement of ready-made adapters "
             "under a model-wide router, without modules_to_save; export_expert writes one expert of any mixture"
         )
-    placement, folder = mixture.config.placements[0], Path(save_directory)
+    folder = Path(save_directory)
     base = getattr(getattr(model, "config", None), "_name_or_path", "") or None
     names = [n for n, _ in mixture.config.adapters]
     for e, own in enumerate(_experts(model, names, placement.global_scale)):
         write_peft_lora(folder / str(e), modules=own, base_model_name=base)
-    router, gate = placement.router, placement.gate
     config = {
         "peft_type": PEFT_TYPE,
         "task_type": None,

@@ -25,6 +25,7 @@ from molora.layers.linear import MixtureLinear
 from molora.layers.mixture import Owner
 from molora.layers.routed import RoutedModule
 from molora.layers.wrapper import Wrapper
+from molora.routers.gates import GATES
 from molora.routing import Routing
 
 __all__ = ["FFNDown", "FFNRows", "FFNUp"]
@@ -117,7 +118,8 @@ class FFNDown(MixtureLinear):
     def _sums_to_one(self) -> bool:
         frame = context.current()
         edited = frame is not None and frame.editor is not None  # which may take weight away
-        return self.placement.gate.renormalize == "one" and not edited
+        gate = self.placement.gate
+        return GATES[gate.kind].sums_to_one(gate) and not edited
 
 
 class FFNRows(RoutedModule, Wrapper):

@@ -15,7 +15,6 @@ from molora.layers.banks.plain import ExpertBank
 from molora.layers.mixture import Owner
 from molora.layers.routed import RoutedModule
 from molora.layers.wrapper import Wrapper
-from molora.routers.gates import gate
 from molora.routing import Routing, autocast_on
 
 __all__ = ["FLOATS", "HALF", "MixtureLinear"]
@@ -110,7 +109,9 @@ class MixtureLinear(RoutedModule, Wrapper):
     def _report_always_on(self, x_TI: Tensor) -> None:
         frame = context.current()
         if frame is not None and frame.tape is not None and self.router is not None:
-            self.report(gate(self.router(x_TI), self.placement.gate, None), frame, x_TI)
+            logits_TE = self.router(x_TI)
+            ones_TE = torch.ones_like(logits_TE)
+            self.report(Routing(ones_TE, None, ones_TE, logits_TE), frame, x_TI)
 
     def forward(self, x: Tensor) -> Tensor:
         """The sum above; shapes and dtypes as in the class docstring."""

@@ -14,7 +14,7 @@ from molora.errors import ConfigError, MoloraError
 from molora.layers.mixture import Owner
 from molora.routers import BALANCES, ROUTERS, BiasedRouter
 from molora.routers.balance import Seen
-from molora.routers.gates import gate
+from molora.routers.gates import GATES
 from molora.routing import ROUTER_DTYPE, Routing
 
 __all__ = ["RoutedModule"]
@@ -62,11 +62,15 @@ class RoutedModule(nn.Module):
 
     def _ask(self, x_TI: Tensor, frame: Frame | None) -> Routing:
         config, router = self.placement.gate, cast(nn.Module, self.router)
+        gate = GATES[config.kind]
         if config.jitter and self.training:
             x_TI = x_TI * torch.empty_like(x_TI).uniform_(1 - config.jitter, 1 + config.jitter)
         rows = frame.rows if frame is not None and x_TI.shape[0] % frame.rows == 0 else 1
         bias_E = router.select_bias if isinstance(router, BiasedRouter) else None
-        return gate(router(x_TI), config, self.site.top_k, bias_E, rows)
+        logits_TE, extras_TX = router(x_TI), None
+        if gate.extras:
+            logits_TE, extras_TX = logits_TE.tensor_split((-gate.extras,), 1)
+        return gate.route(logits_TE, config, self.site.top_k, extras_TX=extras_TX, bias_E=bias_E, rows=rows)
 
     def _model_wide(self, frame: Frame | None, tokens: int, device: torch.device) -> Routing:
         if frame is None or (frame.gates is None and frame.pass_value is None):

@@ -11,6 +11,7 @@ from molora.adapter.folder import check_tensors
 from molora.adapter.names import PREFIX
 from molora.adapter.safetensors_file import write_tensors
 from molora.errors import AdapterError, CheckpointError
+from molora.initialisers import start_of
 from molora.layers.mixture import HEAD, Mixture
 from molora.surgery.state import saved_tensors
 
@@ -27,7 +28,8 @@ def trained(mixture: Mixture, names: Iterable[str]) -> set[str]:
         if name.startswith(f"{HEAD}."):
             learned = head
         elif bank is not None:
-            learned = bank.trains(name.rpartition(".")[2])
+            learned = {"lora_A": True, "lora_B": start_of(bank).trains_B}.get(name.rpartition(".")[2], False)
+            learned = learned and bank.train_experts
         else:
             learned = router is None or router.router.train  # neither: a module trained whole
         out |= {name} if learned else set()

@@ -13,6 +13,7 @@ from typing import Any
 from molora.config import BalanceConfig, MoloraConfig, Placement
 from molora.config.strict import PerLayer, all_faults, matches, shown, type_name
 from molora.errors import ConfigError, nearest
+from molora.recipes.check import check
 from molora.recipes.starts import start
 
 __all__ = ["Common", "recipe"]
@@ -137,6 +138,7 @@ def recipe(*, released: Mapping[str, Any] | None = None, **defaults: Any) -> Cal
             with all_faults(name):
                 common = Common(**{k: options.pop(k, v) for k, v in shared.items() if k not in own})
                 config = function(common=common, **options)
+                check(config)
             return config
 
         build.__signature__ = inspect.Signature(params)  # type: ignore[attr-defined]

@@ -7,27 +7,25 @@ back under its own gate (see ``molora/layers/banks/plain.py``), to the rounding 
 
 from __future__ import annotations
 
-from molora.config.placements import IN_STEPS, STARTS
 from molora.errors import ConfigError, nearest
+from molora.initialisers import INITIALISERS, initialiser
 
 __all__ = ["start"]
 
-INITS: dict[bool | str, str] = {True: "kaiming", False: "random"}
-INITS |= {name: name for name in STARTS if name not in INITS.values()}
-KNOWN = (
-    f"expected one of {list(INITS)} (True: kaiming A and zero B; 'gaussian': normal A of std 1/r; 'orthogonal': A and "
-    "B in orthogonal halves of each expert's ranks; 'mica': B from the weight's minor singular vectors, frozen, zero "
-    "A; 'pissa' or 'pissa_niter_[steps]': A and B of the weight's principal singular vectors; 'olora': of its QR "
-    "decomposition; False: B random too, for tests)"
-)
-DATA = "it starts from data, which no option holds: convert with True, then call "
-REASONS = {
-    "corda": DATA + "molora.initialisers.corda.init_corda(model, dataloader)",
-    "lora_ga": DATA + "molora.initialisers.lora_ga.init_lora_ga(model, dataloader)",
-    "eva": DATA + "molora.initialisers.eva.init_eva(model, dataloader)",
-    "loftq": "it replaces the base weight by a quantised one and starts from what that lost; load the base quantised, "
-    "and convert it with True",
-}
+SHORT: dict[bool | str, str] = {True: "kaiming", False: "random"}  # what PEFT writes as a boolean
+
+
+def _known() -> dict[bool | str, str]:
+    """What a user may write, to the entry's name."""
+    options = {name: name for name, entry in INITIALISERS.items() if not entry.instead}
+    return {**SHORT, **{name: name for name in options if name not in SHORT.values()}}
+
+
+def _expected() -> str:
+    known = _known()
+    entries = sorted(((k, INITIALISERS[name]) for k, name in known.items()), key=lambda item: item[0] is False)
+    words = "; ".join(f"{entry.name or repr(k)}: {entry.about}" for k, entry in entries)
+    return f"expected one of {list(known)} ({words})"
 
 
 def start(init_lora_weights: bool | str) -> str:
@@ -36,11 +34,12 @@ def start(init_lora_weights: bool | str) -> str:
     Raises:
         ConfigError: for one that needs other base weights, or data, with what to do instead; for an unknown one.
     """
-    if init_lora_weights in INITS:
-        return INITS[init_lora_weights]
+    known = _known()
+    if init_lora_weights in known:
+        return known[init_lora_weights]
     name = str(init_lora_weights).lower()
-    if IN_STEPS.fullmatch(name):
+    found = initialiser(name)
+    if found is not None and not found.instead:
         return name
-    reason = REASONS.get(name)
-    why = KNOWN + nearest(name, [str(k) for k in INITS]) if reason is None else f"but {reason}"
+    why = _expected() + nearest(name, [str(k) for k in known]) if found is None else f"but {found.instead}"
     raise ConfigError(f"init_lora_weights: got {init_lora_weights!r}, {why}")

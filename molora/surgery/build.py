@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +10,8 @@ from torch import nn
 
 from molora.config import MoloraConfig, Placement
 from molora.config.site import SiteConfig
-from molora.errors import ConfigError, TargetError, nearest
-from molora.kernels.dispatch import known
+from molora.errors import TargetError, nearest
+from molora.initialisers import draw, start_of
 from molora.layers.banks.plain import ExpertBank
 from molora.layers.ffn import FFNDown, FFNRows, FFNUp
 from molora.layers.linear import HALF, MixtureLinear
@@ -21,11 +20,12 @@ from molora.layers.routed import RoutedModule
 from molora.layers.saved import SavedModule
 from molora.layers.stacked import FusedExperts, FusedParameter
 from molora.layers.wrapper import Wrapper
-from molora.routers import BALANCES, ROUTERS, BiasedRouter, HiddenRouter
+from molora.recipes.check import check
+from molora.routers import BALANCES, ROUTERS, BiasedRouter, Router
 from molora.seeds import generator
 from molora.surgery.target_parameters import owner_of
 
-__all__ = ["Built", "build", "check_tables"]
+__all__ = ["Built", "build"]
 
 ROLES: dict[str, type[MixtureLinear]] = {"linear": MixtureLinear, "up": FFNUp, "down": FFNDown}
 
@@ -38,21 +38,11 @@ class Built:
     sites: tuple[SiteConfig, ...]
     owner: Owner
     modules: dict[str, Wrapper]
-    head: HiddenRouter | None
+    head: Router | None
 
     def routed(self) -> dict[str, RoutedModule]:
         """The sites by path."""
         return {path: site for m in self.modules.values() for path, site in m.sites().items()}
-
-
-def check_tables(config: MoloraConfig) -> None:
-    """ConfigError for a router, balance rule or kernel that is in no table."""
-    known(config.kernel)
-    for p in config.placements:
-        tables: list[tuple[str, Mapping[str, object]]] = [(p.router.kind, ROUTERS)]
-        for name, table in [*tables, *((b.kind, BALANCES) for b in p.balance)]:
-            if name not in table:
-                raise ConfigError(f"got {name!r}, expected one of {', '.join(table)}{nearest(name, table)}")
 
 
 def _place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -65,7 +55,7 @@ def _place(module: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 def build(model: nn.Module, config: MoloraConfig, sites: tuple[SiteConfig, ...], seed: int = 0) -> Built:
     """All wrappers of ``sites``, initialised from ``seed``; the model is not touched, the global RNG not advanced."""
-    check_tables(config)
+    check(config)
     owner = Owner()
     modules: dict[str, Wrapper] = {}
     for site in sorted(sites, key=lambda s: s.role == "rows"):
@@ -84,7 +74,7 @@ def _site(base: nn.Module, site: SiteConfig, p: Placement, kernel: str, owner: O
     start = torch.device("meta") if device.type == "meta" else torch.device("cpu")
     router = None
     if site.lead and p.router.scope != "model":
-        router = ROUTERS[p.router.kind](site.in_features, site.num_experts, p.router, p.gate, start)  # type: ignore[arg-type]
+        router = ROUTERS[p.router.kind](site.in_features, site.num_experts, p.router, p.gate, start)
         rates = [b.rate for b in p.balance if BALANCES[b.kind].steers]
         if rates and isinstance(router, BiasedRouter):
             router.add_select_bias(rates[0], start)
@@ -93,10 +83,10 @@ def _site(base: nn.Module, site: SiteConfig, p: Placement, kernel: str, owner: O
     else:
         bank = ExpertBank(site, train=p.train_experts, dtype=dtype, device=start) if site.ranks else None
         if bank is not None:
-            bank.lora_B.requires_grad_(p.trains_B)
+            bank.lora_B.requires_grad_(p.train_experts and start_of(p).trains_B)
         wrapper = ROLES[site.role](base, site, p, owner, router, bank, kernel)
         if bank is not None and start.type != "meta":
-            bank.reset_parameters(generator(seed, site.path, "bank"), p.init_lora_weights)
+            draw(bank, p, generator(seed, site.path, "bank"))
     if router is not None and start.type != "meta":
         router.reset_parameters(generator(seed, site.path, "router"))
     for name, child in wrapper.named_children():
@@ -116,13 +106,13 @@ def _fused(
         start = torch.device("meta") if device.type == "meta" else torch.device("cpu")
         bank = ExpertBank(site, train=p.train_experts, dtype=dtype, device=start)
         if start.type != "meta":
-            bank.reset_parameters(generator(seed, site.path, "bank"), p.init_lora_weights)
+            draw(bank, p, generator(seed, site.path, "bank"))
         parts.setdefault(path, {})[name] = FusedParameter(site, p, owner, bank.to(device))
     bases = {path: model.get_submodule(path) for path in parts}
     return {path: FusedExperts(base, parts[path], owner, path).train(base.training) for path, base in bases.items()}
 
 
-def _head(model: nn.Module, config: MoloraConfig, sites: tuple[SiteConfig, ...], seed: int) -> HiddenRouter | None:
+def _head(model: nn.Module, config: MoloraConfig, sites: tuple[SiteConfig, ...], seed: int) -> Router | None:
     wide = [p for p in config.placements if p.router.scope == "model"]
     if not wide:
         return None
@@ -133,7 +123,7 @@ def _head(model: nn.Module, config: MoloraConfig, sites: tuple[SiteConfig, ...],
     device = _place(model)[0]
     start = torch.device("meta") if device.type == "meta" else torch.device("cpu")
     experts = next(s.num_experts for s in sites if config.placements[s.placement].router.scope == "model")
-    head = HiddenRouter(hidden, experts, wide[0].router, wide[0].gate, len(sites), start)
+    head = ROUTERS[wide[0].router.kind](hidden, experts, wide[0].router, wide[0].gate, len(sites), start)
     if start.type != "meta":
         head.reset_parameters(generator(seed, HEAD))
     return head.to(device).train(model.training)

@@ -14,11 +14,12 @@ from molora.config import MoloraConfig, Placement
 from molora.config.site import SiteConfig
 from molora.config.strict import PerLayer, matches, shown
 from molora.errors import ConfigError
+from molora.initialisers import draw, start_of
 from molora.layers.banks.plain import ExpertBank
 from molora.layers.linear import MixtureLinear
 from molora.layers.mixture import HEAD, Mixture
 from molora.layers.routed import RoutedModule
-from molora.routers import ROUTERS, LinearRouter
+from molora.routers import ROUTERS, Router
 from molora.seeds import generator
 from molora.surgery.install import sites_of
 
@@ -48,14 +49,15 @@ def add_expert(model: nn.Module, mixture: Mixture, logit: float, seed: int) -> N
             f"add_expert: the experts of recipe {mixture.config.recipe!r} are ready-made adapters; convert the base "
             "with one more in adapters={name: folder}, its gates have to be learned again"
         )
-    stuck = [m.placement.init_lora_weights for m in routed if m.placement.train_experts and not m.placement.trains_B]
+    own = [m.placement for m in routed]
+    stuck = [p.init_lora_weights for p in own if p.train_experts and not start_of(p).trains_B]
     if stuck:
         raise ConfigError(f"add_expert: B is not trained ({stuck[0]!r}), and a new one's is 0; convert with one more")
     if not matches(logit, float):
         raise ConfigError(f"add_expert: logit: got {shown(logit)}, expected a finite number")
     sources = {m.site.path: (*range(m.site.num_experts), None) for m in routed}
     placements = tuple(
-        _grown(p.replace(router=p.router.replace(bias=True)), 1) if _is_routed(p) else p
+        _grown(p.replace(router=ROUTERS[p.router.kind].grown(p.router)), 1) if _is_routed(p) else p
         for p in mixture.config.placements
     )
     _apply(_Change(model, mixture, sources, _with(mixture.config, placements, 1), logit, seed))
@@ -181,7 +183,7 @@ def _apply(change: _Change) -> None:
             bank = None if bank is None else _bank(bank, site, m.placement, sources, change.seed)
             placement = change.config.placements[site.placement]
             if router is not None:
-                router = cast(LinearRouter, router).resized(sources, placement.router, placement.gate, change.logit)
+                router = cast(Router, router).resized(sources, placement.router, placement.gate, change.logit)
         made.append((m, site, bank, router))
     old_head = getattr(change.model, HEAD, None)
     head = None if old_head is None else old_head.resized(next(iter(change.sources.values())))
@@ -208,7 +210,7 @@ def _bank(old: ExpertBank, site: SiteConfig, p: Placement, sources: Sources, see
     A = old.lora_A
     new = ExpertBank(site, train=A.requires_grad, dtype=A.dtype, device=torch.device("cpu"))
     new.lora_B.requires_grad_(old.lora_B.requires_grad)
-    new.reset_parameters(generator(seed, site.path, "bank", str(len(sources))), p.init_lora_weights)
+    draw(new, p, generator(seed, site.path, "bank", str(len(sources))))
     with torch.no_grad():
         for e, source in enumerate(sources):
             if source is None:

@@ -15,6 +15,7 @@ from molora.config import MoloraConfig, Placement, per_layer
 from molora.config.site import SiteConfig
 from molora.config.strict import PerLayer
 from molora.errors import ConfigError, TargetError, nearest
+from molora.initialisers import start_of
 from molora.surgery.blocks import FFNBlock, ffn_blocks
 from molora.surgery.target_parameters import Stacked, targeted_parameters
 from molora.surgery.targets import FUSED, Candidate, candidates, ends_with, fused_experts, imported, targeted
@@ -61,7 +62,7 @@ class _Resolver:
             "ranks": ranks if adapted else (),
             "scales": scales if adapted else (),
             "top_k": top_k,
-            "takes_back": adapted and p.takes_back,
+            "takes_back": adapted and start_of(p).takes_back,
         }
         return SiteConfig(path=path, placement=placement, **{**values, **own})  # type: ignore[arg-type]
 

@@ -1,5 +1,10 @@
-"""Gate functions: a router's logits to weights and ids."""
+"""Gates: a router's logits to weights and ids. A new one is a file here and a line in the table."""
 
-from molora.routers.gates.choice import gate
+from molora.routers.gates.base import Gate
+from molora.routers.gates.choice import Choice, gate
 
-__all__ = ["gate"]
+__all__ = ["GATES", "Choice", "Gate", "gate"]
+
+GATES: dict[str, type[Gate]] = {
+    "choice": Choice,
+}

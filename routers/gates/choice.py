@@ -6,9 +6,45 @@ import torch
 from torch import Tensor
 
 from molora.config import GateConfig
+from molora.routers.gates.base import Gate
 from molora.routing import ROUTER_DTYPE, Routing, as_dtype
 
-__all__ = ["gate"]
+__all__ = ["Choice", "gate"]
+
+
+class Choice(Gate):
+    """Activation, choice of experts, renormalisation: :func:`gate`."""
+
+    @classmethod
+    def choice_of(cls, options: GateConfig) -> str:
+        """Fixed with a ``top_k``, variable with a ``top_p``, dense without both."""
+        if options.top_p is not None:
+            return "variable"
+        return "dense" if options.top_k is None else "fixed"
+
+    @classmethod
+    def sums_to_one(cls, options: GateConfig) -> bool:
+        """Where the chosen weights are made to."""
+        return options.renormalize == "one"
+
+    @classmethod
+    def couples_tokens(cls, options: GateConfig) -> bool:
+        """Where an expert's places are counted."""
+        return options.capacity is not None
+
+    @classmethod
+    def route(
+        cls,
+        logits_TE: Tensor,
+        options: GateConfig,
+        top_k: int | None,
+        *,
+        extras_TX: Tensor | None = None,
+        bias_E: Tensor | None = None,
+        rows: int = 1,
+    ) -> Routing:
+        """See :func:`gate`."""
+        return gate(logits_TE, options, top_k, bias_E, rows)
 
 
 def gate(

@@ -18,10 +18,13 @@ from hypothesis import HealthCheck, event, given, settings
 
 import molora
 from molora.config import BalanceConfig, GateConfig, MoloraConfig, Placement, RouterConfig, per_layer
+from molora.config.options import GateOptions
 from molora.config.site import SiteConfig
 from molora.config.strict import Strict, unwritten
 from molora.errors import ConfigError, MoloraError
 from molora.recipes import RECIPES
+from molora.recipes.check import check
+from molora.routers import BALANCES
 from molora.surgery import resolve
 from molora.surgery.trace import trace
 from tests.support.places import ROOT
@@ -82,7 +85,7 @@ def test_what_is_accepted_trains(config: MoloraConfig):
 
 
 def supervised(model: Any) -> bool:
-    return any(b.kind == "supervised" for p in model._molora.config.placements for b in p.balance)
+    return any(BALANCES[b.kind].needs_tasks for p in model._molora.config.placements for b in p.balance)
 
 
 @settings(FEW, max_examples=150)
@@ -91,6 +94,7 @@ def test_neighbours_of_good_configs_are_refused_or_train(raw: dict[str, Any]):
     """F3 at the borders: combinations that no recipe makes."""
     try:
         config = MoloraConfig.from_dict(raw)
+        check(config)
     except ConfigError:
         event("refused")
         return
@@ -237,3 +241,23 @@ def test_a_field_that_came_later_is_not_written_at_its_default() -> None:
     assert Newer(new="other").to_dict() == {"old": 1, "new": "other"}
     assert Newer.from_dict({"old": 1}) == Newer()
     assert Newer.from_dict(Newer(new="other").to_dict()).new == "other"
+
+
+def test_options_of_a_kind_of_its_own_are_read_as_its_class() -> None:
+    """All other kinds share the class of before, whose JSON is as it was."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Threshold(GateOptions):
+        kind: str = "threshold of a test"
+        above: float = 0.5
+
+    gate = Threshold(above=0.25)
+    placement = Placement(gate=gate)
+    assert placement.to_dict()["gate"] == {
+        "kind": "threshold of a test", "top_k": None, "partition": 1, "jitter": 0.0, "above": 0.25
+    }  # fmt: skip
+    assert Placement.from_dict(placement.to_dict()).gate == gate
+    assert type(Placement.from_dict(Placement().to_dict()).gate) is GateConfig
+    assert "kind" not in Placement().to_dict()["gate"]
+    with pytest.raises(ConfigError, match="unknown entry 'above'"):
+        GateOptions.from_dict({"above": 0.25})

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 import molora
 from molora.config import MoloraConfig
-from molora.config.placements import FROM_THE_BASE, STARTS
 from molora.errors import ConfigError
-from molora.initialisers.from_weight import STARTED_BY_PEFT, dealt
+from molora.initialisers.from_weight import dealt
 from molora.layers.linear import MixtureLinear
 from molora.seeds import generator
 from tests.support import tiny
@@ -217,6 +216,5 @@ def test_a_start_from_the_weight_needs_a_weight_to_read():
             molora.recipes.xlora(adapters={"a": "x"}, init_lora_weights=start)
 
 
-def test_the_tables_of_starts_agree():
-    assert set(STARTED_BY_PEFT) == set(FROM_THE_BASE) < set(STARTS)
+def test_ranks_are_dealt_out_in_turn():
     assert dealt([2, 3, 0, 1]) == [[0, 3], [1, 4, 5], [], [2]]

@@ -8,10 +8,12 @@ import hypothesis.strategies as st
 from hypothesis import assume
 
 from molora.config import BalanceConfig, GateConfig, MoloraConfig, Placement, RouterConfig
-from molora.config.placements import STARTS
 from molora.errors import ConfigError
+from molora.initialisers import INITIALISERS
+from molora.recipes.check import entry_faults
+from molora.routers import BALANCES
 
-KINDS = ("switch", "z", "supervised", "bias")
+STARTS = [name for name, entry in INITIALISERS.items() if not entry.instead]
 per_layer = st.one_of(st.integers(1, 5), st.lists(st.integers(1, 5), min_size=1, max_size=2).map(tuple))
 few = st.integers(1, 3)
 
@@ -46,7 +48,7 @@ def gates(draw: st.DrawFn) -> GateConfig:
 def balances() -> st.SearchStrategy[BalanceConfig]:
     return st.builds(
         BalanceConfig,
-        kind=st.sampled_from(KINDS),
+        kind=st.sampled_from(list(BALANCES)),
         coef=st.sampled_from((0.0, 0.1)),
         scope=st.sampled_from(("sequence", "batch")),
         pooling=st.sampled_from(("router", "layer", "model")),
@@ -114,7 +116,7 @@ def configs(draw: st.DrawFn) -> MoloraConfig:
             )
         )
     )
-    return built(
+    config = built(
         MoloraConfig,
         recipe="any",
         placements=tuple(draw(placements(select, scope, unit)) for select, scope, unit in shape),
@@ -126,6 +128,8 @@ def configs(draw: st.DrawFn) -> MoloraConfig:
         alpha_pattern=draw(st.sampled_from(((), (("down_proj", 2.5),)))),
         kernel=draw(st.sampled_from(("auto", "torch", "loop"))),
     )
+    assume(not entry_faults(config))
+    return config
 
 
 # Well-typed values of every field that decides how the parts fit together.

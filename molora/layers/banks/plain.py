@@ -8,7 +8,6 @@ parameters a gradient, zero for the ranks of idle experts.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -125,25 +124,6 @@ class ExpertBank(nn.Module):
         """Whether an engine shards the parameters (ZeRO-3, FSDP): they are whole only while their own linear runs."""
         A: Any = self._parameters["lora_A"]
         return type(A) is not nn.Parameter or hasattr(A, "ds_id")
-
-    def reset_parameters(self, generator: torch.Generator, init: str) -> None:
-        """Draw A, and B for ``init="random"`` (else zero), from ``generator`` alone.
-
-        ``kaiming``: A uniform in +-1/sqrt(in_features), as PEFT; ``gaussian``: A normal with std 1/r of its expert.
-        """
-        bound = 1 / math.sqrt(max(self.lora_A.shape[1], 1))
-        with torch.no_grad():
-            if init == "gaussian":
-                self.lora_A.normal_(0.0, 1.0, generator=generator)
-                rank_R = torch.tensor([r for r in self.ranks for _ in range(r)], device=self.lora_A.device)
-                self.lora_A.div_(rank_R.unsqueeze(-1))
-            else:
-                self.lora_A.uniform_(-bound, bound, generator=generator)
-            if init == "random":
-                width = 1 / math.sqrt(max(max(self.ranks, default=1), 1))
-                self.lora_B.uniform_(-width, width, generator=generator)
-            else:
-                self.lora_B.zero_()
 
     def span(self, expert: int) -> slice:
         """The ranks of ``expert``: rows of A, columns of B."""
