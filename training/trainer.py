@@ -74,7 +74,8 @@ class Trainer(WholeCheckpoints):
                 "with torchrun, deepspeed or accelerate, or choose a GPU with CUDA_VISIBLE_DEVICES"
             )
         self._start_counting()
-        self._has_balance_loss = any(b.coef > 0 for p in config.placements for b in p.balance)
+        rules = [rule for p in config.placements for rule in (*p.balance, *p.penalties)]
+        self._has_balance_loss = any(rule.coef > 0 for rule in rules)
         if self._has_balance_loss and (self.args.label_smoothing_factor or self.compute_loss_func is not None):
             raise ConfigError(
                 "label_smoothing_factor, compute_loss_func: then the loss is not the model's own, and its balance loss "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from molora.config.options import BalanceOptions
 from molora.context import Frame, Report
 from molora.errors import ConfigError
+from molora.forward.penalty_loss import penalty_loss
 from molora.layers.mixture import Mixture
 from molora.routers import BALANCES
 from molora.routers.balance import combine, observe_all
@@ -55,23 +56,27 @@ def _weights(model: nn.Module, arguments: dict[str, Any], frame: Frame) -> Tenso
 
 
 def balance_loss(
-    model: nn.Module, frame: Frame, arguments: dict[str, Any]
+    model: nn.Module, mixture: Mixture, frame: Frame, arguments: dict[str, Any]
 ) -> tuple[Tensor | float, Tensor | None] | None:
-    """(sum of coef * aux, plain mean over routers) of what the routers reported to ``frame``; None without a report."""
+    """(sum of coef * aux, plain mean over routers) of what the routers reported to ``frame``; None without any.
+
+    The sum has the share of the penalties that is this micro-batch's.
+    """
     by_rule: dict[BalanceOptions, list[Report]] = defaultdict(list)
     for report in frame.observations or ():
         by_rule[report.rule].append(report)
     asked = [(rule, observe_all(rule, reports)) for rule, reports in by_rule.items()]
     observed = [(rule, seen) for rule, seen in asked if seen]  # no walrus: torch.compile breaks the graph at its cell
-    if not observed:
+    penalty = penalty_loss(mixture) if model.training else None
+    if not observed and penalty is None:
         return None
     weight_B = _weights(model, arguments, frame)
-    total: Tensor | float = 0.0
+    total: Tensor | float = 0.0 if penalty is None else penalty * weight_B.to(penalty.device).sum()
     means = []
     for rule, seen in observed:
         device = seen[0].tensors[0].device
         loss, mean = combine(rule, seen, weight_B.to(device))
-        total = total + rule.coef * loss
+        total = rule.coef * loss + _like(total, loss)
         if BALANCES[rule.kind].measures_balance:
             means.append(mean)
     return total, torch.stack(means).mean() if means else None
@@ -86,7 +91,7 @@ def add_aux_loss(model: nn.Module, mixture: Mixture, outputs: Any, frame: Frame,
     Raises:
         ConfigError: for an output of another kind, which has no place for the loss.
     """
-    found = balance_loss(model, frame, arguments)
+    found = balance_loss(model, mixture, frame, arguments)
     if found is None:
         return outputs
     total, aux = found

@@ -108,6 +108,8 @@ class MixtureLinear(RoutedModule, Wrapper):
 
     def _report_always_on(self, x_TI: Tensor) -> None:
         frame = context.current()
+        if frame is None and self.has_loss and self.training and torch.is_grad_enabled():
+            raise self._lost("the place for a penalty")
         if frame is not None and frame.tape is not None and self.router is not None:
             logits_TE = self.router(x_TI)
             ones_TE = torch.ones_like(logits_TE)

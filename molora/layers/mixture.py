@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -29,6 +30,7 @@ class Mixture:
     base_class: type[nn.Module]
     trainable: tuple[str, ...]
     fingerprint: dict[str, object] = field(default_factory=dict)
+    penalised: tuple[Any, ...] = ()  # the sites with a bank whose placement has penalties
 
 
 def mixture_of(model: nn.Module) -> Mixture | None:

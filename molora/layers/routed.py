@@ -30,7 +30,7 @@ class RoutedModule(nn.Module):
         self.site, self.placement, self.owner, self.router = site, placement, owner, router
         self.always_on = not ROUTERS[placement.router.kind].chooses
         self.model_wide = placement.router.scope == "model"
-        self.has_loss = any(b.coef > 0 for b in placement.balance)
+        self.has_loss = any(b.coef > 0 for b in placement.balance) or any(p.coef > 0 for p in placement.penalties)
         self.is_counted = any(BALANCES[b.kind].at_router for b in placement.balance)
 
     def route(self, x_TI: Tensor) -> Routing:

@@ -9,6 +9,7 @@ from molora.config.strict import report, shown, well_typed
 from molora.errors import nearest
 from molora.initialisers import INITIALISERS, initialiser, start_of
 from molora.kernels.dispatch import FORMER_NAMES, KERNELS
+from molora.penalties import PENALTIES
 from molora.routers import BALANCES, GATES, ROUTERS
 
 __all__ = ["check", "entry_faults"]
@@ -40,6 +41,7 @@ def unknown_names(config: MoloraConfig) -> list[str]:
     for p in config.placements:
         out += _unknown("router", p.router.kind, ROUTERS) + _unknown("gate", p.gate.kind, GATES)
         out += [fault for b in p.balance for fault in _unknown("balance rule", b.kind, BALANCES)]
+        out += [fault for rule in p.penalties for fault in _unknown("penalty", rule.kind, PENALTIES)]
         if initialiser(p.init_lora_weights) is None:
             starts = [name for name, entry in INITIALISERS.items() if not entry.instead]
             out.append(
@@ -120,6 +122,12 @@ def _balance_faults(p: Placement) -> list[str]:
         if not isinstance(b, rule.options):
             out.append(
                 f"balance: got options {type(b).__name__} for kind={shown(b.kind)}, expected {rule.options.__name__}"
+            )
+    for own in p.penalties:
+        wanted = PENALTIES[own.kind].options
+        if not isinstance(own, wanted):
+            out.append(
+                f"penalties: got options {type(own).__name__} for kind={shown(own.kind)}, expected {wanted.__name__}"
             )
     steering = [b.kind for b in p.balance if BALANCES[b.kind].steers]
     chosen = GATES[p.gate.kind].choice_of(p.gate) == "fixed"

@@ -81,7 +81,8 @@ def install(model: nn.Module, built: Built, again: bool = False) -> Mixture:
         for p in frozen:
             p.requires_grad_(True)
         raise
-    return Mixture(built.config, built.sites, built.owner, type(model), trainable)
+    penalised = tuple(m for m in built.routed().values() if m.placement.penalties and getattr(m, "bank", None))
+    return Mixture(built.config, built.sites, built.owner, type(model), trainable, penalised=penalised)
 
 
 def wrappers_of(model: nn.Module) -> dict[str, Wrapper]:

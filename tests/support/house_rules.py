@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("routers",),
     ("layers",),
     ("adapter",),
-    ("initialisers",),
+    ("initialisers", "penalties"),
     ("recipes",),
     ("surgery",),
     ("forward",),

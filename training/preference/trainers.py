@@ -85,7 +85,7 @@ def _frame_scoring(model: Any, own_coef: float) -> None:
         return scoring(model, **arguments, fused_lm_head=True)
 
     def finish(model: Any, mixture: Any, outputs: Any, frame: Any, arguments: dict[str, Any]) -> Any:
-        found = balance_loss(model, frame, arguments)
+        found = balance_loss(model, mixture, frame, arguments)
         total = torch.as_tensor(0.0 if found is None else found[0], device=outputs.log_probs.device)
         if outputs.aux_loss is not None:
             total = total + own_coef * outputs.aux_loss
