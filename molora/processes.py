@@ -39,7 +39,7 @@ def anywhere(flag: bool, device: torch.device) -> bool:
 @contextlib.contextmanager
 def whole(t: Any, write: bool = False) -> Iterator[None]:
     """Within the block, a parameter that ZeRO-3 partitioned is whole; ``write``: what process 0 puts there stays."""
-    if not hasattr(t, "ds_id"):
+    if not hasattr(t, "ds_id") or (t.ds_active_sub_modules and not write):  # no pieces, or a module holds it whole now
         yield
         return
     from deepspeed import zero

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from molora.config import RouterConfig
 from molora.config.options import GateOptions, RouterOptions
 from molora.routers.base import Router
 from molora.routing import ROUTER_DTYPE
@@ -27,6 +28,11 @@ class FixedRouter(Router):
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
+
+    @classmethod
+    def tiny(cls) -> RouterOptions:
+        """Nothing but the kind."""
+        return RouterConfig(kind="fixed")
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Nothing to draw."""

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from molora.config import RouterConfig
-from molora.config.options import GateOptions
+from molora.config.options import GateOptions, RouterOptions
 from molora.routers.base import Router
 from molora.routers.gates import GATES
 from molora.routing import ROUTER_DTYPE, Routing, as_dtype, autocast_on
@@ -47,6 +47,11 @@ class HiddenRouter(Router):
             for i, o in zip(widths[:-1], widths[1:], strict=True)
         )
         self.requires_grad_(config.train)
+
+    @classmethod
+    def tiny(cls) -> RouterOptions:
+        """Two linears of width 8, a gate for each site."""
+        return RouterConfig(kind="hidden", scope="model", bias=True, depth=2, size=8)
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """nn.Linear's own initialisation, from ``generator``."""

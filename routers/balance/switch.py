@@ -30,3 +30,8 @@ class Switch(Rule):
     def rows(cls, config: BalanceConfig, num_experts: int, f: Tensor, p: Tensor) -> Tensor:
         """Values (...,) of f and p (..., E)."""
         return (f * p).sum(-1) * (num_experts if config.factor == "experts" else 1)
+
+    @classmethod
+    def tiny(cls) -> BalanceConfig:
+        """A coefficient that shows."""
+        return BalanceConfig(coef=0.1)

@@ -23,3 +23,8 @@ class ZLoss(Rule):
     def rows(cls, config: BalanceConfig, num_experts: int, z: Tensor) -> Tensor:
         """Values (...,) of z (..., 1)."""
         return z.squeeze(-1)
+
+    @classmethod
+    def tiny(cls) -> BalanceConfig:
+        """A coefficient that shows."""
+        return BalanceConfig(kind="z", coef=0.1)

@@ -16,6 +16,11 @@ class Choice(Gate):
     """Activation, choice of experts, renormalisation: :func:`gate`."""
 
     @classmethod
+    def tiny(cls) -> GateConfig:
+        """Two experts a token, whose weights sum to 1."""
+        return GateConfig(top_k=2, renormalize="one")
+
+    @classmethod
     def choice_of(cls, options: GateConfig) -> str:
         """Fixed with a ``top_k``, variable with a ``top_p``, dense without both."""
         if options.top_p is not None:

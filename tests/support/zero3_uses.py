@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState
 from torch import distributed
 
 import molora
+from molora.config.options import PenaltyConfig
 from molora.training import Trainer, TrainingArguments
 from molora.training.engine import sharded
 from tests.support import behaviours, tiny
@@ -89,6 +90,25 @@ def start(where: Path) -> dict[str, Any]:
     return {"before": before, "after": sharded.adapter_state(model)}
 
 
+PENALTY = {"max_steps": 2, "learning_rate": 0.1, "optim": "sgd", "max_grad_norm": 0.0, "weight_decay": 0.0}
+
+
+def penalised() -> Any:
+    """A mixture whose experts are pushed apart."""
+    plain = molora.recipes.mola(r=2, num_experts=3)
+    rules = (PenaltyConfig(kind="orthogonal", coef=5.0),)
+    return plain.replace(placements=tuple(p.replace(penalties=rules) for p in plain.placements))
+
+
+def penalty(where: Path) -> dict[str, Any]:
+    """Two steps of it, which need the gradient of parameters that are in pieces when the loss is made."""
+    arguments = settings(where / "penalty", **PENALTY)
+    model = molora.convert(cut_base(where), penalised())
+    it = Trainer(model, arguments, train_dataset=data(model))
+    it.train()
+    return {"after": sharded.adapter_state(model)}
+
+
 def load(where: Path) -> dict[str, Any]:
     """An adapter folder onto the cut base; loss of one evaluation with unequal rows on the two processes."""
     arguments = settings(where / "load", per_device_eval_batch_size=2, max_steps=1, learning_rate=0.0, optim="sgd")
@@ -123,6 +143,7 @@ def main(where: Path) -> None:
     uses: dict[str, Callable[[], dict[str, Any]]] = {
         **{f"convert-{r}": (lambda r=r: convert(where, r)) for r in RECIPES},  # type: ignore[misc]
         "start": lambda: start(where),
+        "penalty": lambda: penalty(where),
         "load": lambda: load(where),
         "generate": lambda: generate(where),
     }

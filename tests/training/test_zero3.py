@@ -10,11 +10,12 @@ import torch
 
 import molora
 from molora.layers.mixture import HEAD
+from molora.training import Trainer, TrainingArguments
 from tests.support import tiny, zero3_uses
 from tests.support.folders import contents
 from tests.support.programs import program
 from tests.support.tolerances import close
-from tests.support.training_runs import data
+from tests.support.training_runs import SETTINGS, data
 
 pytestmark = pytest.mark.dist
 
@@ -66,6 +67,18 @@ def test_experts_start_at_parts_of_weights_that_are_cut(uses: Path) -> None:
     assert all(torch.equal(t, saved[n]) for n, t in found["after"].items())
     same = {n for n, t in found["after"].items() if torch.equal(t, state[n])}
     assert {n for n in same if ".bank." in n} == {n for n in state if ".frozen_" in n} != set()
+
+
+def test_a_penalty_on_parameters_in_pieces_has_its_gradient(uses: Path, tmp_path: Path) -> None:
+    model = molora.convert(tiny.base_model("llama"), zero3_uses.penalised())
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    one = {**SETTINGS, **zero3_uses.PENALTY, "per_device_train_batch_size": 4}
+    Trainer(model, TrainingArguments(output_dir=str(tmp_path), **one), train_dataset=data(model)).train()
+    after, found = model.state_dict(), read(uses, "penalty")["after"]
+    for name, t in found.items():
+        close(t, after[name], "same_math_fp32")
+    moved = max(float((t - before[n]).abs().max()) for n, t in found.items() if n.endswith("lora_A"))
+    assert moved > 0.01
 
 
 def test_an_adapter_is_loaded_onto_a_cut_base_and_evaluated(uses: Path) -> None:
