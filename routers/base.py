@@ -40,7 +40,7 @@ class Router(nn.Module):
     def resized(self, sources: Sequence[int | None], *options: Any) -> Self:
         """A router of this class, with its own options, whose expert e is ``sources[e]`` of this one; None: new.
 
-        ``options``: those of router and gate, and the logit of a new expert; none for a model-wide router.
+        ``options``: those of router and gate, and the logit of a new expert.
         """
         raise NotImplementedError
 

@@ -61,19 +61,32 @@ class HiddenRouter(Router):
                 for p in layer.parameters():
                     p.uniform_(-bound, bound, generator=generator)
 
-    def resized(self, sources: Sequence[int | None], *options: Any) -> Self:
-        """A head of this class with the experts ``sources`` alone; there is no new one (its gates are learned).
+    @classmethod
+    def grown(cls, options: RouterOptions) -> RouterOptions:
+        """With biases, the last of which holds the new expert's logit."""
+        return options.replace(bias=True)
 
-        The last linear has a row for each site and expert, the experts side by side.
+    def resized(self, sources: Sequence[int | None], *options: Any) -> Self:
+        """A head of this class whose expert e is ``sources[e]`` of this one, or a new one for None.
+
+        The last linear has a row for each site and expert, the experts side by side. A new expert's rows are 0, and
+        its biases the given logit; biases that were not there are 0.
         """
+        config, gate_config, logit = options
         first = cast(nn.Linear, self.layers[0])
-        sizes = self.config, self.gate_config, self.num_sites, first.weight.device
-        new = type(self)(first.in_features, len(sources), *sizes)
-        kept = [s for s in sources if s is not None]
-        state = self.state_dict()
-        for name in [n for n in state if n.startswith(f"layers.{len(self.layers) - 1}.")]:
-            state[name] = state[name].unflatten(0, (-1, self.num_experts))[:, kept].flatten(0, 1)
-        new.load_state_dict(state)
+        new = type(self)(first.in_features, len(sources), config, gate_config, self.num_sites, first.weight.device)
+        old, last = self.state_dict(), f"layers.{len(self.layers) - 1}."
+        for name, t in new.state_dict().items():
+            given = old.get(name)
+            if not name.startswith(last):
+                t.copy_(torch.zeros_like(t) if given is None else given)
+                continue
+            # (sites, experts) rows; without a bias before, one of zeros
+            before = t.new_zeros(self.num_experts * len(t) // len(sources)) if given is None else given
+            old_SE, new_SE = before.unflatten(0, (-1, self.num_experts)), t.unflatten(0, (-1, len(sources)))
+            for e, source in enumerate(sources):
+                new_one = logit if name == f"{last}bias" else 0.0
+                new_SE[:, e] = new_one if source is None else old_SE[:, source]
         return new.train(self.training).requires_grad_(first.weight.requires_grad)
 
     def forward(self, hidden_BSD: Tensor) -> Tensor:

@@ -186,7 +186,7 @@ def _apply(change: _Change) -> None:
                 router = cast(Router, router).resized(sources, placement.router, placement.gate, change.logit)
         made.append((m, site, bank, router))
     old_head = getattr(change.model, HEAD, None)
-    head = None if old_head is None else old_head.resized(next(iter(change.sources.values())))
+    head = None if old_head is None else _head(old_head, change)
     for m, site, bank, router in made:
         m.site, m.router, m.placement = site, router, change.config.placements[site.placement]
         if isinstance(m, MixtureLinear):
@@ -194,6 +194,11 @@ def _apply(change: _Change) -> None:
     if head is not None:
         setattr(change.model, HEAD, head)
     change.mixture.config, change.mixture.sites = change.config, sites
+
+
+def _head(old: Router, change: _Change) -> Router:
+    wide = next(p for p in change.config.placements if p.router.scope == "model")
+    return old.resized(next(iter(change.sources.values())), wide.router, wide.gate, change.logit)
 
 
 def _site(site: SiteConfig, sources: Sources | None) -> SiteConfig:

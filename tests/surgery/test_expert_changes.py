@@ -254,9 +254,9 @@ class Cosine(LinearRouter):
 
 def test_a_router_of_another_class_stays_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its old experts' logits are the same with an expert more, and after that one has gone again."""
-    monkeypatch.setitem(ROUTERS, "cosine", Cosine)
+    monkeypatch.setitem(ROUTERS, "like_linear", Cosine)
     config = molora.recipes.mola(num_experts=3, r=2)
-    own = tuple(p.replace(router=p.router.replace(kind="cosine")) for p in config.placements)
+    own = tuple(p.replace(router=p.router.replace(kind="like_linear")) for p in config.placements)
     model = tiny.arm(molora.convert(tiny.base_model("llama"), config.replace(placements=own))).eval()
     site = model.model.layers[0].self_attn.q_proj
     x = torch.randn(5, 32)
