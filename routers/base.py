@@ -20,7 +20,8 @@ class Router(nn.Module):
     X numbers a token come behind the logits where the gate asks for them (:attr:`molora.routers.gates.Gate.extras`).
     It is built as ``Router(in_features, num_experts, router_options, gate_options, device)``; one for a whole model as
     ``Router(hidden_size, num_experts, router_options, gate_options, num_sites, device)``, with a method ``gates`` as
-    :class:`molora.routers.hidden.HiddenRouter` has it. For backward it keeps nothing but x in x's dtype.
+    :class:`molora.routers.hidden.HiddenRouter` has it. For backward it keeps nothing but x in x's dtype. A parameter of
+    one number has shape (1,): DeepSpeed cannot send one without a dimension.
 
     Class attributes: ``options``, the class of its options; ``chooses``, whether tokens are routed (if not, every
     expert is always on); ``sits``, the scopes it can have (``model`` needs a pass of the model first); ``steerable``,

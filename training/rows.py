@@ -43,25 +43,33 @@ def supervised_experts(config: MoloraConfig, arguments: DataArguments) -> dict[s
     """Which expert each domain's rows teach the routers to choose, by domain; None without a supervised loss.
 
     A domain belongs to the adapter of its name, or to that which ``task_of_domain`` says; rows of others teach nothing.
+    Experts that are no adapters have numbers for names: "0", "1", ...
 
     Raises:
         ConfigError: no domain belongs to an adapter, an unknown adapter, or ``task_of_domain`` where nothing uses it.
     """
-    names, own = [n for n, _ in config.adapters], arguments.task_of_domain
+    names, own = [n for n, _ in config.adapters] or _numbers(config), arguments.task_of_domain
     if not any(BALANCES[b.kind].needs_tasks for p in config.placements for b in p.balance):
         if own:
             raise ConfigError(f"task_of_domain: recipe {config.recipe!r} with these options has no supervised loss")
         return None
-    unknown = [f"{d}: no adapter {a!r}{nearest(a, names)}" for d, a in own.items() if a not in names]
+    what = "adapter" if config.adapters else "expert"
+    unknown = [f"{d}: no {what} {a!r}{nearest(a, names)}" for d, a in own.items() if a not in names]
     if unknown:
         raise ConfigError(f"task_of_domain: {'; '.join(unknown)}; there is {', '.join(names)}")
     experts = {d: names.index(own.get(d, d)) if own.get(d, d) in names else NO_EXPERT for d in arguments.domains}
     if set(experts.values()) == {NO_EXPERT}:
         raise ConfigError(
-            f"got the domains {', '.join(experts)} and the adapters {', '.join(names)}, expected equal names: the "
-            "supervised loss teaches each domain its adapter; rename them, or say task_of_domain: {domain: adapter}"
+            f"got the domains {', '.join(experts)} and the {what}s {', '.join(names)}, expected equal names: the "
+            f"supervised loss teaches each domain its {what}; rename them, or say task_of_domain: {{domain: {what}}}"
         )
     return experts
+
+
+def _numbers(config: MoloraConfig) -> list[str]:
+    """The experts that all layers have, by number."""
+    counts = [p.r if p.rank_one else p.num_experts for p in config.placements]
+    return [str(e) for e in range(min(min(c) if isinstance(c, tuple) else c for c in counts))]
 
 
 def prepare_data(

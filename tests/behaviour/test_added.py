@@ -28,7 +28,9 @@ CONFIGS: dict[str, Callable[[], MoloraConfig]] = {
     "sparse_penalty": lambda: life.smallest("penalty", "sparse"),
     "banded_initialiser": lambda: life.smallest("initialiser", "banded"),
     "pair_recipe": lambda: RECIPES["pair"](),
+    "whole_recipe": lambda: RECIPES["whole"](),
 }
+NEEDS = {"whole_recipe": [path.stem for path in FILES]}  # of other files
 
 
 def test_every_file_is_tried() -> None:
@@ -39,7 +41,7 @@ def test_every_file_is_tried() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_it_lives_alone(name: str, stage: str, tmp_path: Path) -> None:
     (tmp_path / "files").mkdir()
-    with added(tmp_path / "files", name):
+    with added(tmp_path / "files", *NEEDS.get(name, [name])):
         life.STAGES[stage](CONFIGS[name](), tmp_path / "life")
 
 
@@ -63,12 +65,12 @@ def test_options_of_its_own_are_checked_and_read_back(tmp_path: Path) -> None:
 
 
 def test_a_gate_that_asks_for_more_than_its_router_gives_is_refused(tmp_path: Path) -> None:
-    with added(tmp_path, "cosine_router", "threshold_gate"):
-        from cosine_router import CosineConfig
+    with added(tmp_path, "threshold_gate"):
         from threshold_gate import ThresholdConfig
 
-        config = life.mixture(life.PLAIN.replace(router=CosineConfig(), gate=ThresholdConfig()))
-        with pytest.raises(ConfigError, match="'threshold' takes 1 more numbers a token, .* 'cosine' does not give"):
+        wide = life.smallest("router", "hidden").placements[0]
+        config = life.mixture(wide.replace(gate=ThresholdConfig()))
+        with pytest.raises(ConfigError, match="'threshold' takes 1 more numbers a token, .* 'hidden' does not give"):
             molora.convert(life.base(), config)
 
 
