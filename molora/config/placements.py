@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+from molora.config.banks import AlwaysOn, name_faults
 from molora.config.options import MOST, BalanceConfig, GateConfig, RouterConfig
-from molora.config.strict import PerLayer, Strict, at_least, choice, shown
+from molora.config.strict import PerLayer, Strict, at_least, choice, shown, unwritten
 
 __all__ = [
     "STARTS",
@@ -41,7 +42,8 @@ class Placement(Strict):
     ``select`` splits the targeted linears: ``ffn`` (those of feed-forward blocks), ``rest``, or ``all``.
     ``unit`` ``linear`` mixes the outputs of one linear, ``ffn`` the outputs of the whole feed-forward block.
     ``scale_by``: alpha over ``r``, ``sqrt_r`` or ``top_k``, times ``global_scale``. ``sampled``: per-layer tuples are
-    a recipe's default, so one longer than the model is sampled and not refused.
+    a recipe's default, so one longer than the model is sampled and not refused. ``bank``: the kind of the experts'
+    bank, a key of ``BANKS``; ``always``: experts beside them that are always on.
     """
 
     unit: str = "linear"
@@ -60,6 +62,8 @@ class Placement(Strict):
     train_experts: bool = True
     imported: bool = False
     sampled: bool = False
+    bank: str = unwritten("plain")
+    always: tuple[AlwaysOn, ...] = unwritten(())
 
     def faults(self) -> list[str]:
         """Values out of range and options that contradict each other."""
@@ -81,6 +85,7 @@ class Placement(Strict):
         if self.init_lora_weights in IN_HALVES and (self.rank_one or any(r % 2 for r in ranks)):
             got = "experts of one rank" if self.rank_one else f"r={shown(self.r)}"
             out.append(f"init_lora_weights={self.init_lora_weights!r}: got {got}, expected even ranks")
+        out += name_faults(tuple(a.name for a in self.always))
         return out + self._unit_faults() + self._gate_faults() + self._balance_faults()
 
     @property
@@ -98,10 +103,6 @@ class Placement(Strict):
     def trains_B(self) -> bool:
         """Whether the experts' B is trained, and not A alone."""
         return self.train_experts and self.init_lora_weights not in FROZEN_B
-
-    def trains(self, parameter: str) -> bool:
-        """Whether a bank's parameter of that name is trained."""
-        return {"lora_A": self.train_experts, "lora_B": self.trains_B}.get(parameter, False)
 
     def _unit_faults(self) -> list[str]:
         out, router, gate = [], self.router, self.gate
@@ -184,6 +185,9 @@ class MoloraConfig(Strict):
             out.append(f"adapters: got {names}, expected distinct names")
         if any(p.imported for p in self.placements) != bool(names):
             out.append("adapters: expected at least one, as {name: folder}, for recipes that mix ready-made adapters")
+        both = sorted({a.name for p in self.placements for a in p.always} & {*names})
+        if both:
+            out.append(f"always: got {both}, which are adapters too, expected other names")
         if any(i < 0 for i in self.layers_to_transform):
             out.append(f"layers_to_transform: got {self.layers_to_transform}, expected indices from 0")
         for p in self.placements:
@@ -224,6 +228,8 @@ class MoloraConfig(Strict):
                 "weights, which are the same for all tokens of a forward, and a mixture's depend on the token"
             )
         for p in self.placements:
+            if p.always:
+                out.append(f"{what}: got always={[a.name for a in p.always]}, expected none: they are for linears")
             if p.lora_dropout:
                 out.append(
                     f"{what}: got lora_dropout={p.lora_dropout}, expected 0: B A is added to the weight itself, and "

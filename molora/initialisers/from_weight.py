@@ -32,7 +32,14 @@ def start_experts(sites: Mapping[str, nn.Module], seed: int) -> None:
         if not isinstance(site, MixtureLinear) or site.bank is None:
             continue
         make = STARTED_BY_PEFT.get(site.placement.start)
-        if make is not None and site.bank.lora_A.device.type != "meta":
+        if make is None:
+            continue
+        if not isinstance(site.bank, ExpertBank):
+            raise ConfigError(
+                f"init_lora_weights={site.placement.init_lora_weights!r}: {path} has a {type(site.bank).__name__}, "
+                "expected experts of A and B, bank='plain'"
+            )
+        if site.bank.lora_A.device.type != "meta":
             with torch.no_grad(), processes.whole(getattr(site.base_layer, "weight", None)):
                 make(site, site.bank, path, seed)
 
@@ -46,11 +53,12 @@ def dealt(ranks: Sequence[int]) -> list[list[int]]:
     return out
 
 
-def deal_out(bank: ExpertBank, A_RI: Tensor, B_OR: Tensor) -> None:
+def deal_out(m: MixtureLinear, A_RI: Tensor, B_OR: Tensor) -> None:
     """Give the experts of a linear their shares of R ranks, and have them taken back from there on."""
-    for e, picks in enumerate(dealt(bank.ranks)):
-        bank.set_expert(e, A_RI[picks], B_OR[:, picks])
-    bank.take_start_back()
+    assert m.bank is not None
+    for e, picks in enumerate(dealt(m.bank.ranks)):
+        m.bank.set_expert(e, A_RI[picks], B_OR[:, picks])
+    m.take_start_back()
 
 
 def _orthogonal(m: MixtureLinear, bank: ExpertBank, path: str, seed: int) -> None:
@@ -83,7 +91,7 @@ def _part_of_the_weight(m: MixtureLinear, bank: ExpertBank, path: str, seed: int
     """
     R, name = sum(bank.ranks), m.placement.init_lora_weights
     weight_OI = readable_weight(m, R, f"init_lora_weights={name!r}")
-    deal_out(bank, *peft_start(name, weight_OI, R, generator(seed, path), scale=bank.scales[0]))
+    deal_out(m, *peft_start(name, weight_OI, R, generator(seed, path), scale=bank.scales[0]))
 
 
 def readable_weight(m: MixtureLinear, ranks: int, what: str) -> Tensor:

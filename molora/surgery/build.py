@@ -13,7 +13,7 @@ from molora.config import MoloraConfig, Placement
 from molora.config.site import SiteConfig
 from molora.errors import ConfigError, TargetError, nearest
 from molora.kernels.dispatch import known
-from molora.layers.banks.plain import ExpertBank
+from molora.layers.banks import Bank, bank_class, config_faults
 from molora.layers.ffn import FFNDown, FFNRows, FFNUp
 from molora.layers.linear import HALF, MixtureLinear
 from molora.layers.mixture import HEAD, Owner
@@ -46,8 +46,10 @@ class Built:
 
 
 def check_tables(config: MoloraConfig) -> None:
-    """ConfigError for a router, balance rule or kernel that is in no table."""
+    """ConfigError for a router, balance rule, bank or kernel that is in no table."""
     known(config.kernel)
+    if faults := config_faults(config):
+        raise ConfigError("; ".join(faults))
     for p in config.placements:
         tables: list[tuple[str, Mapping[str, object]]] = [(p.router.kind, ROUTERS)]
         for name, table in [*tables, *((b.kind, BALANCES) for b in p.balance)]:
@@ -91,18 +93,41 @@ def _site(base: nn.Module, site: SiteConfig, p: Placement, kernel: str, owner: O
     if site.role == "rows":
         wrapper: MixtureLinear | FFNRows = FFNRows(base, site, p, owner, router)
     else:
-        bank = ExpertBank(site, train=p.train_experts, dtype=dtype, device=start) if site.ranks else None
-        if bank is not None:
-            bank.lora_B.requires_grad_(p.trains_B)
-        wrapper = ROLES[site.role](base, site, p, owner, router, bank, kernel)
-        if bank is not None and start.type != "meta":
-            bank.reset_parameters(generator(seed, site.path, "bank"), p.init_lora_weights)
+        bank = _routed_bank(site, p, dtype, start, seed) if site.ranks else None
+        always = {
+            name: _bank(own, (True, True), dtype, start, "kaiming", generator(seed, site.path, "always", name))
+            for name, own in site.always().items()
+        }
+        wrapper = ROLES[site.role](base, site, p, owner, router, bank, kernel, always)
     if router is not None and start.type != "meta":
         router.reset_parameters(generator(seed, site.path, "router"))
     for name, child in wrapper.named_children():
         if name != "base_layer":
             child.to(device)
     return wrapper.train(base.training)
+
+
+def _routed_bank(site: SiteConfig, p: Placement, dtype: torch.dtype, device: torch.device, seed: int) -> Bank:
+    trains, rng = (p.train_experts, p.trains_B), generator(seed, site.path, "bank")
+    return _bank(site, trains, dtype, device, p.init_lora_weights, rng)
+
+
+def _bank(
+    site: SiteConfig,
+    trains: tuple[bool, bool],
+    dtype: torch.dtype,
+    device: torch.device,
+    init: str,
+    rng: torch.Generator,
+) -> Bank:
+    """A bank of the site's kind at its start; ``trains``: whether experts are trained, and B with them."""
+    entry = bank_class(site)
+    if faults := entry.faults(site):
+        raise ConfigError("; ".join(faults))
+    bank = entry(site, train=trains[0], train_B=trains[1], dtype=dtype, device=device)
+    if device.type != "meta":
+        bank.reset_parameters(rng, init)
+    return bank
 
 
 def _fused(
@@ -114,9 +139,9 @@ def _fused(
         path, name = owner_of(site.path)
         p, (device, dtype) = config.placements[site.placement], _place(model.get_submodule(path))
         start = torch.device("meta") if device.type == "meta" else torch.device("cpu")
-        bank = ExpertBank(site, train=p.train_experts, dtype=dtype, device=start)
-        if start.type != "meta":
-            bank.reset_parameters(generator(seed, site.path, "bank"), p.init_lora_weights)
+        if not bank_class(site).for_stacked:
+            raise ConfigError(f"{site.path}: got bank={site.kind!r} for experts of the base, expected another kind")
+        bank = _routed_bank(site, p, dtype, start, seed)
         parts.setdefault(path, {})[name] = FusedParameter(site, p, owner, bank.to(device))
     bases = {path: model.get_submodule(path) for path in parts}
     return {path: FusedExperts(base, parts[path], owner, path).train(base.training) for path, base in bases.items()}
