@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +60,8 @@ UNITS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def diagonal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BANKS, "diagonal", Diagonal)
-    yield
 
 
 def config(kind: str, unit: str = "linear", **more: Any) -> MoloraConfig:
