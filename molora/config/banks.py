@@ -11,6 +11,7 @@ from molora.config.strict import Strict, at_least, shown, unwritten
 __all__ = ["AlwaysOn", "SiteBank", "name_faults"]
 
 LONGEST = 64  # characters of a name, which stands in every tensor's name
+RESERVED = ("bank", "always", "router", "trained", "base_layer")  # other parts of those names, which readers look for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +51,9 @@ class SiteBank(Strict):
 
 def name_faults(names: Sequence[str]) -> list[str]:
     """What is wrong with the names of the always-on banks of one linear."""
-    bad = [n for n in names if not (n.isidentifier() and n.isascii() and len(n) <= LONGEST)]
-    out = [f"name: got {shown(bad[0])}, expected letters, digits and _, {LONGEST} at most"] if bad else []
+    bad = [n for n in names if not (n.isidentifier() and n.isascii() and len(n) <= LONGEST) or n in RESERVED]
+    expected = f"expected letters, digits and _, {LONGEST} at most, and none of {', '.join(RESERVED)}"
+    out = [f"name: got {shown(bad[0])}, {expected}"] if bad else []
     if len(set(names)) < len(names):
         out.append(f"always: got the names {shown(tuple(names))}, expected each once")
     return out

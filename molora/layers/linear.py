@@ -110,9 +110,9 @@ class MixtureLinear(RoutedModule, Wrapper):
 
     def extra_repr(self) -> str:
         """Experts, total rank and choices, for ``print(model)``."""
-        ranks = self.site.expert_ranks()
+        site, always = self.site, "".join(f", always_on={b.name}" for b in self.site.banks)
         return (
-            f"experts={self.site.num_experts}, total_rank={sum(ranks)}, top_k={self.site.top_k}, role={self.site.role}"
+            f"experts={site.num_experts}, total_rank={site.total_rank()}, top_k={site.top_k}, role={site.role}{always}"
         )
 
     def base(self, x: Tensor) -> Tensor:

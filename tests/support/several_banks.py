@@ -1,6 +1,6 @@
-"""Training of linears with several banks under ZeRO-2, as a program for two processes.
+"""Training of linears with several banks under ZeRO-2 and 3, as a program for two processes.
 
-Started by ``torchrun -m tests.support.several_banks FOLDER``; test_several_banks.py compares with one process.
+Started by ``torchrun -m tests.support.several_banks FOLDER``; test_several_banks_uses.py compares with one process.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import distributed
 
 import molora
 from molora.config import AlwaysOn
 from tests.support import several, tiny
 from tests.support.training_runs import trainer
+
+STAGES = (2, 3)
 
 
 def model() -> Any:
@@ -38,12 +41,14 @@ def train(folder: Path, rows: int, stage: int = 0) -> dict[str, Any]:
 
 
 def main(folder: Path) -> None:
-    """ZeRO-2 on two processes; the first leaves the result."""
+    """ZeRO on two processes; the first leaves the results."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     torch.set_num_threads(1)
-    result = train(folder / "run", 4, 2)
-    if int(os.environ["RANK"]) == 0:
-        torch.save(result, folder / "both.pt")
+    for stage in STAGES:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        result = train(folder / f"run{stage}", 4, stage)
+        if int(os.environ["RANK"]) == 0:
+            torch.save(result, folder / f"zero{stage}.pt")
     distributed.barrier()
     os._exit(0)  # the backends' teardown aborts once in a while, when all is done
 

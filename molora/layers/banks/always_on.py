@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 
+from molora.kernels.reference import Layout
 from molora.layers.banks.base import Bank, Packed, RankMaps
 
 __all__ = ["AlwaysOnBanks"]
@@ -45,7 +47,12 @@ class AlwaysOnBanks(RankMaps):
         if len(banks) == 1:
             return banks[0].packed()
         packed = [b.packed() for b in banks]
-        return torch.cat([A for A, _, _ in packed]), torch.cat([B for _, B, _ in packed], 1), self.layout
+        layout = cast(Layout, self()) if self.scale_R.is_meta else self.layout
+        return torch.cat([A for A, _, _ in packed]), torch.cat([B for _, B, _ in packed], 1), layout
+
+    def forward(self) -> Layout:
+        """The layout, between the hooks that bring offloaded maps and take them away."""
+        return self.layout
 
     @property
     def experts(self) -> int:
