@@ -26,7 +26,8 @@ from molora.seeds import generator
 from molora.surgery.install import sites_of
 from molora.surgery.state import saved_tensors
 from molora.training.plan.counts import activation_widths, kinds_of
-from tests.support import tiny
+from tests.layers.test_fused_experts import BOTH
+from tests.support import families, tiny
 from tests.support.tolerances import close
 
 
@@ -258,8 +259,30 @@ def test_named_mixtures_train_what_the_kind_trains(kind: str) -> None:
     assert learned == {n for n, now in names.items() if flags[now]}
 
 
-def test_stacked_experts_use_kinds_that_allow_it() -> None:
-    assert {k: BANKS[k].for_stacked for k in KINDS} == {"plain": True, "frozen_ranks": False, "diagonal": True}
+@pytest.mark.parametrize("kind", KINDS)
+def test_stacked_experts_of_a_base_take_the_kinds_that_allow_it(kind: str, tmp_path: Path) -> None:
+    made = molora.RECIPES["lora"](r=2, target_modules=[], target_parameters=BOTH)
+    made = made.replace(placements=(made.placements[0].replace(bank=kind),))
+    base = families.base("mixtral")
+    if not BANKS[kind].for_stacked:
+        with pytest.raises(ConfigError, match=f"got bank={kind!r} for experts of the base"):
+            molora.convert(base, made)
+        return
+    batch, before = families.inputs("mixtral"), [p.clone() for p in base.parameters()]
+    model: Any = tiny.arm(molora.convert(base, made)).eval()
+    for bank in banks(model).values():
+        if isinstance(bank, Diagonal):
+            bank.diagonal.data.normal_(generator=torch.Generator().manual_seed(0))
+    expected = tiny.output(model, batch)
+    model.save_pretrained(tmp_path / "saved")
+    again = molora.load(families.base("mixtral"), tmp_path / "saved").eval()
+    assert torch.equal(tiny.output(again, batch), expected)
+    model.export_expert(0, tmp_path / "lora")
+    theirs = peft.PeftModel.from_pretrained(families.base("mixtral"), tmp_path / "lora").eval()
+    close(tiny.output(theirs, batch), expected, "peft_lora")
+    merged = model.merge_and_unload()
+    close(tiny.output(merged, batch), expected, "same_math_fp32")
+    assert any(not torch.equal(a, b) for a, b in zip(before, merged.parameters(), strict=True))
 
 
 def test_unknown_kinds_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
