@@ -25,8 +25,8 @@ class SiteConfig(Strict):
     ``block``: path that names the shared router's block, ``lead`` the site that owns it. ``layer``: -1 without an
     index. ``mask``: the forward argument that marks this stream's real tokens, empty for none. ``index``: position
     among the sites of a model-wide router. ``ranks`` and ``scales``: one value for all experts, or one each.
-    ``bank``: the kind of its bank, a key of ``BANKS``; ``takes_back`` says in one word that it is ``frozen_ranks``, as
-    folders of before do: each expert has as many frozen ranks again, which take its start back. ``banks``: the banks
+    ``bank``: the kind of its bank, a key of ``BANKS``; ``takes_back``: it is ``frozen_ranks``, in the words of the
+    first folders: each expert has as many frozen ranks again, which take its start back. ``banks``: the banks
     beside it that are always on.
     """
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from molora import context
 from molora.config import Placement, SiteConfig
+from molora.config.site import TAKES_BACK
 from molora.errors import ConfigError
 from molora.kernels.dispatch import for_every_token, mix_linear
 from molora.layers.banks import Bank
@@ -68,7 +69,7 @@ class MixtureLinear(RoutedModule, Wrapper):
             ConfigError: for a bank that is not made of A and B alone.
         """
         if self.bank is not None:
-            site = self.site.of_kind("frozen_ranks")
+            site = self.site.of_kind(TAKES_BACK)
             self.use_bank(with_start_taken_back(self.bank, site))
             self.site = site
 
