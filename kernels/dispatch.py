@@ -21,7 +21,7 @@ from molora.kernels.tiles import MAX_RANK, RIDGE
 from molora.routing import Routing, as_dtype, autocast_on
 
 __all__ = ["KERNELS", "Call", "Choice", "Kernel", "add_ranks", "choose", "contract_slots", "expand_slots", "known"]
-__all__ += ["Unit", "mix_linear", "unit_for"]
+__all__ += ["Unit", "for_every_token", "mix_linear", "unit_for"]
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -382,5 +382,9 @@ def add_ranks(layer: nn.Module, x_TF: Tensor, base_TD: Tensor, h_TR: Tensor, B_D
 
 def _for_slots(kernel: str, x: Tensor, layout: Layout) -> Kernel:
     """As if every expert counted: slots are made for each token, whatever was chosen for it."""
-    only_linears = kernel in KERNELS and KERNELS[kernel].expand is None
-    return _chosen("auto" if only_linears else kernel, x, None, layout)
+    return _chosen(for_every_token(kernel), x, None, layout)
+
+
+def for_every_token(kernel: str) -> str:
+    """The same kernel where every expert counts for every token; ``"auto"`` for one that sorts tokens by choices."""
+    return "auto" if kernel in KERNELS and KERNELS[kernel].expand is None else kernel

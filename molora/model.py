@@ -26,6 +26,7 @@ from molora.surgery.install import sites_of, uninstall
 from molora.surgery.state import (
     expert_modules,
     keep_trained,
+    merge_always_on,
     merge_expert,
     merges,
     saved_tensors,
@@ -131,10 +132,23 @@ class MixtureModel:
         keep_trained(model)
         return self.unload()
 
-    def export_expert(self, expert: str | int, save_directory: str | os.PathLike[str]) -> None:
-        """Write one expert, by index or adapter name, as an ordinary PEFT LoRA folder.
+    def merge_always_on(self, name: str) -> None:
+        """Add the always-on expert ``name`` into the base weights and take it off; the routed experts stay as they are.
 
-        What is always on comes along: sites of a single expert, and modules trained whole (``modules_to_save``).
+        Outputs stay the same to rounding, but with the adapter disabled the base is now the merged one. A folder that
+        is saved from here on needs the merged base, too. Make the optimizer anew after it.
+
+        Raises:
+            ConfigError: when no bank of that name is always on.
+            AdapterError: for a base that is no plain float linear, NaN or infinite values; nothing is merged then.
+        """
+        merge_always_on(cast(nn.Module, self), self._molora, name)
+
+    def export_expert(self, expert: str | int, save_directory: str | os.PathLike[str]) -> None:
+        """Write one expert, by index, adapter name or the name of an always-on bank, as an ordinary PEFT LoRA folder.
+
+        With an index or adapter name, sites of a single expert come along, and with any, modules trained whole
+        (``modules_to_save``). Always-on banks have folders of their own, by their names.
 
         Raises:
             ConfigError: when there is no such expert.

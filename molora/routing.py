@@ -67,6 +67,19 @@ class Routing:
         """The same router's probabilities with another decision."""
         return Routing(weights, ids, self._probs, self.logits, self.temperature)
 
+    def beside(self, always: int) -> Routing:
+        """The same decision with so many experts more behind the others, each of weight 1 for every token.
+
+        For the experts' sum alone: it has no probabilities, and its logits are zeros that tell the number of experts.
+        """
+        T, E = self.weights.shape[0], self.num_experts
+        ones_TN = self.weights.new_ones(T, always)
+        weights_TK, ids_TK = torch.cat((self.weights, ones_TN), 1), self.ids
+        if ids_TK is not None:
+            more_N = torch.arange(E, E + always, device=ids_TK.device)
+            ids_TK = torch.cat((ids_TK, more_N.expand(T, always)), 1)
+        return Routing(weights_TK, ids_TK, None, self.weights.new_zeros(()).expand(T, E + always))
+
     def slots(self) -> Tensor:
         """The choices as one-hot rows, (T, K, E) float32; a row of zeros for an empty slot."""
         experts_E = torch.arange(self.num_experts, device=self.logits.device)

@@ -140,7 +140,7 @@ def _favourites(
 
 @contextlib.contextmanager
 def silenced(model: nn.Module, experts: Mapping[str, int]) -> Iterator[None]:
-    """Within the block, ``B_e = 0`` at every linear that the routers at these sites feed; then as before, bit for bit.
+    """Within the block, the expert computes 0 at every linear that the routers at these sites feed; then as before.
 
     Raises:
         ConfigError: when an engine shards the experts' parameters.
@@ -155,7 +155,7 @@ def silenced(model: nn.Module, experts: Mapping[str, int]) -> Iterator[None]:
                 continue
             if bank.in_pieces:
                 raise ConfigError("ablation: an engine shards the experts; run it on the saved adapter in one process")
-            for B_Or in bank.parts(expert)[1::2]:  # and that of the frozen ranks, where there are any
-                stack.callback(B_Or.copy_, B_Or.clone())
-                B_Or.zero_()
+            for view in bank.views(expert).values():
+                stack.callback(view.copy_, view.clone())
+            bank.silence(expert)
         yield

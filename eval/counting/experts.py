@@ -112,7 +112,7 @@ def expert_report(model: nn.Module, first: int = 10, threshold: float = 0.6) -> 
 @torch.no_grad()
 def _change(m: MixtureLinear, expert: int) -> Tensor:
     assert m.bank is not None
-    A_rI, B_Or, scale = m.bank.expert(expert)
+    A_rI, B_Or, scale = m.bank.as_lora(expert)
     return scale * (B_Or.float() @ A_rI.float())
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from molora.adapter.config import NAME
 from molora.config import MoloraConfig
+from molora.layers.banks import words_of
 from molora.layers.mixture import Mixture
 
 __all__ = ["model_card"]
@@ -26,8 +27,6 @@ PIPELINES = {
     "image-classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
     "fill-mask": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
 }
-KINDS = {"lora_A": "experts, A", "lora_B": "experts, B"}
-KINDS |= {"frozen_A": "experts, frozen ranks", "frozen_B": "experts, frozen ranks"}
 
 
 def model_card(mixture: Mixture, fingerprint: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -38,7 +37,7 @@ def model_card(mixture: Mixture, fingerprint: Mapping[str, Any], tensors: Mappin
     """
     config, base = mixture.config, str(fingerprint.get(NAME) or "")
     experts = sorted({1 if s.role == "parameter" else s.num_experts for s in mixture.sites})
-    rows = "\n".join(f"| {k} | {n:,} |" for k, n in sorted(_sizes(tensors).items()))
+    rows = "\n".join(f"| {k} | {n:,} |" for k, n in sorted(_sizes(mixture, tensors).items()))
     names = f" Experts: {', '.join(n for n, _ in config.adapters)}." if config.adapters else ""
     return f"""---
 {_metadata(config, base, str(fingerprint.get("class")))}
@@ -59,11 +58,12 @@ A mixture of LoRA experts made with molora (`pip install molora`): recipe `{conf
 """
 
 
-def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+def _sizes(mixture: Mixture, tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    kinds = {f"{s.path}.{name}": f"experts, {word}" for s in mixture.sites for name, word in words_of(s).items()}
     out: dict[str, int] = {}
     for name, t in tensors.items():
         copied = "modules trained whole" if ".trained." in name else "routers"
-        kind = KINDS.get(name.rpartition(".")[2], copied)
+        kind = kinds.get(name, copied)
         out[kind] = out.get(kind, 0) + t.numel()
     return out
 

@@ -17,6 +17,7 @@ from molora.config.site import SiteConfig
 from molora.config.strict import PerLayer, Strict
 from molora.errors import AdapterError, ConfigError
 from molora.kernels.dispatch import FORMER_NAMES, KERNELS
+from molora.layers.banks import config_faults, expected_shapes, site_faults
 from molora.layers.mixture import HEAD
 from molora.routers import BALANCES, GATES, ROUTERS
 
@@ -81,6 +82,7 @@ class AdapterConfig(Strict):
                 )
             if s.ranks and not s.scales:
                 out.append(f"{s.path[:200]}: scales: got none for ranks {str(s.ranks)[:100]}")
+            out += [f"{s.path[:200]}: {fault}" for fault in site_faults(s)]
         wide = any(p.router.scope == "model" for p in self.config.placements)
         if wide and sorted(s.index for s in self.sites) != list(range(len(self.sites))):
             out.append(f"sites: index: expected each of 0 to {len(self.sites) - 1} once, for the model-wide router")
@@ -90,6 +92,7 @@ class AdapterConfig(Strict):
             out += _unknown("router", p.router.kind, ROUTERS)
             out += [fault for b in p.balance for fault in _unknown("balance rule", b.kind, BALANCES)]
             out += _unknown("gate", p.gate.kind, GATES)
+        out += config_faults(self.config)
         out += _unknown("kernel", self.config.kernel, ("auto", *KERNELS, *FORMER_NAMES))
         return out[:10]
 
@@ -155,13 +158,7 @@ def expected_tensors(config: MoloraConfig, sites: Sequence[SiteConfig]) -> dict[
     out: dict[str, Shape] = {}
     routers: dict[tuple[int, int, int], dict[str, Shape]] = {}
     for site in sites:
-        if site.ranks:
-            R = sum(site.ranks) * (site.num_experts if len(site.ranks) == 1 else 1)
-            out[f"{site.path}.bank.lora_A"] = (R, site.in_features)
-            out[f"{site.path}.bank.lora_B"] = (site.out_features, R)
-            if site.takes_back:
-                out[f"{site.path}.bank.frozen_A"] = (R, site.in_features)
-                out[f"{site.path}.bank.frozen_B"] = (site.out_features, R)
+        out |= {f"{site.path}.{name}": shape for name, shape in expected_shapes(site).items()}
         placement = config.placements[site.placement]
         if site.lead and placement.router.scope != "model":
             key = (site.placement, site.in_features, site.num_experts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from molora.config.banks import AlwaysOn, name_faults
 from molora.config.options import (
     MOST,
     BalanceConfig,
@@ -43,6 +44,7 @@ class Placement(Strict):
     ``scale_by``: alpha over ``r``, ``sqrt_r`` or ``top_k``, times ``global_scale``. ``sampled``: per-layer tuples are
     a recipe's default, so one longer than the model is sampled and not refused. ``init_lora_weights``: a key of
     ``INITIALISERS``. ``penalties``: terms of the loss on the experts' parameters, each by a key of ``PENALTIES``.
+    ``bank``: the kind of the experts' bank, a key of ``BANKS``; ``always``: experts beside them that are always on.
 
     What depends on an entry of a table is checked by :func:`molora.recipes.check.entry_faults`.
     """
@@ -64,6 +66,8 @@ class Placement(Strict):
     imported: bool = False
     sampled: bool = False
     penalties: tuple[PenaltyOptions, ...] = unwritten(())
+    bank: str = unwritten("plain")
+    always: tuple[AlwaysOn, ...] = unwritten(())
 
     def faults(self) -> list[str]:
         """Values out of range and options that contradict each other."""
@@ -76,6 +80,7 @@ class Placement(Strict):
             out.append(f"lora_dropout: got {self.lora_dropout}, expected a value in [0, 1)")
         if self.imported and self.rank_one:
             out.append("rank_one: got imported=True, expected experts of their own ranks")
+        out += name_faults(tuple(a.name for a in self.always))
         return out + self._unit_faults() + self._gate_faults() + self._balance_faults()
 
     def _unit_faults(self) -> list[str]:
@@ -146,6 +151,9 @@ class MoloraConfig(Strict):
             out.append(f"adapters: got {names}, expected distinct names")
         if any(p.imported for p in self.placements) != bool(names):
             out.append("adapters: expected at least one, as {name: folder}, for recipes that mix ready-made adapters")
+        both = sorted({a.name for p in self.placements for a in p.always} & {*names})
+        if both:
+            out.append(f"always: got {both}, which are adapters too, expected other names")
         if any(i < 0 for i in self.layers_to_transform):
             out.append(f"layers_to_transform: got {self.layers_to_transform}, expected indices from 0")
         for p in self.placements:
@@ -174,6 +182,8 @@ class MoloraConfig(Strict):
             return []
         what, out = "target_parameters", []
         for p in self.placements:
+            if p.always:
+                out.append(f"{what}: got always={[a.name for a in p.always]}, expected none: they are for linears")
             if p.lora_dropout:
                 out.append(
                     f"{what}: got lora_dropout={p.lora_dropout}, expected 0: B A is added to the weight itself, and "

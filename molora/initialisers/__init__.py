@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import nn
 
 from molora import processes
 from molora.config import Placement
+from molora.errors import ConfigError
 from molora.initialisers.base import Initialiser
 from molora.initialisers.drawn import Gaussian, Kaiming, Random
 from molora.initialisers.from_weight import MiCA, OLoRA, Orthogonal, PiSSA
 from molora.initialisers.not_options import EVA, CorDA, LoftQ, LoRAGA
+from molora.layers.banks import Bank
 from molora.layers.banks.plain import ExpertBank
 from molora.layers.linear import MixtureLinear
 
-__all__ = ["INITIALISERS", "Initialiser", "draw", "initialiser", "start_experts", "start_of"]
+__all__ = ["INITIALISERS", "Initialiser", "draw", "initialiser", "start_experts", "start_of", "trains"]
 
 INITIALISERS: dict[str, type[Initialiser]] = {
     "kaiming": Kaiming,
@@ -55,10 +58,17 @@ def start_of(placement: Placement) -> type[Initialiser]:
     return found
 
 
-def draw(bank: ExpertBank, placement: Placement, generator: torch.Generator) -> None:
-    """Fill a new bank from ``generator`` alone."""
+def trains(placement: Placement) -> tuple[bool, bool]:
+    """Whether the placement's experts are trained, and B with them."""
+    return placement.train_experts, placement.train_experts and start_of(placement).trains_B
+
+
+def draw(bank: Bank, start: type[Initialiser], generator: torch.Generator) -> None:
+    """Fill a new bank from ``generator`` alone: what is the bank's own, then A and B as ``start`` does."""
     with torch.no_grad():
-        start_of(placement).draw(bank, generator)
+        bank.reset_parameters(generator)
+        if "lora_A" in bank.dims:
+            start.draw(cast(ExpertBank, bank), generator)
 
 
 def start_experts(sites: Mapping[str, nn.Module], seed: int) -> None:
@@ -71,6 +81,13 @@ def start_experts(sites: Mapping[str, nn.Module], seed: int) -> None:
         if not isinstance(site, MixtureLinear) or site.bank is None:
             continue
         found = start_of(site.placement)
-        if found.needs_linear and site.bank.lora_A.device.type != "meta":
+        if not found.needs_linear:
+            continue
+        if "lora_A" not in site.bank.dims:
+            raise ConfigError(
+                f"init_lora_weights={site.placement.init_lora_weights!r}: {path} has a {type(site.bank).__name__}, "
+                "expected experts of A and B; leave the placement's bank at 'plain'"
+            )
+        if not site.bank.is_meta:
             with torch.no_grad(), processes.whole(getattr(site.base_layer, "weight", None)):
-                found.start(site, site.bank, path, seed)
+                found.start(site, cast(ExpertBank, site.bank), path, seed)

@@ -27,8 +27,8 @@ class Batches(Sized, Protocol):
 
 
 def bank_of(m: MixtureLinear) -> ExpertBank:
-    """The bank of a site that has one."""
-    assert m.bank is not None
+    """The bank of a site that :func:`fresh_sites` found."""
+    assert isinstance(m.bank, ExpertBank)
     return m.bank
 
 
@@ -49,6 +49,8 @@ def fresh_sites(model: nn.Module, what: str) -> dict[str, MixtureLinear]:
                 "target_parameters"
             )
         bank = m.bank if isinstance(m, MixtureLinear) else None
+        if bank is not None and not isinstance(bank, ExpertBank):
+            raise ConfigError(f"{what}: {path} has a {type(bank).__name__}, expected experts of A and B, bank='plain'")
         if bank is None or not bank.lora_A.requires_grad or not sum(bank.ranks):
             continue
         if not isinstance(m.base_layer, nn.Linear | Conv1D):
@@ -102,12 +104,11 @@ def on_device(batch: Any, model: nn.Module) -> dict[str, Any]:
 
 def take(model: nn.Module, starts: dict[str, tuple[Tensor, Tensor]]) -> None:
     """Deal the ranks A (R, I) and B (O, R) of each site out to its experts, and have them taken back."""
-    mixture, taken = mixture_of(model), set()
+    mixture, taken = mixture_of(model), {}
     assert mixture is not None, "fresh_sites has seen to it"
     with torch.no_grad():
         for path, m in dict(model.named_modules()).items():
             if path in starts:
-                deal_out(bank_of(m), *starts[path])
-                m.site = m.site.replace(takes_back=True)
-                taken.add(m.site.path)
-    mixture.sites = tuple(s.replace(takes_back=True) if s.path in taken else s for s in mixture.sites)
+                deal_out(m, *starts[path])
+                taken[m.site.path] = m.site
+    mixture.sites = tuple(taken.get(s.path, s) for s in mixture.sites)

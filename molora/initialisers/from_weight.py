@@ -31,11 +31,12 @@ def dealt(ranks: Sequence[int]) -> list[list[int]]:
     return out
 
 
-def deal_out(bank: ExpertBank, A_RI: Tensor, B_OR: Tensor) -> None:
+def deal_out(m: MixtureLinear, A_RI: Tensor, B_OR: Tensor) -> None:
     """Give the experts of a linear their shares of R ranks, and have them taken back from there on."""
-    for e, picks in enumerate(dealt(bank.ranks)):
-        bank.set_expert(e, A_RI[picks], B_OR[:, picks])
-    bank.take_start_back()
+    assert m.bank is not None
+    for e, picks in enumerate(dealt(m.bank.ranks)):
+        m.bank.set_expert(e, A_RI[picks], B_OR[:, picks])
+    m.take_start_back()
 
 
 class Orthogonal(Initialiser):
@@ -91,7 +92,7 @@ class PiSSA(Initialiser):
         """See the class."""
         R, name = sum(bank.ranks), m.placement.init_lora_weights
         weight_OI = readable_weight(m, R, f"init_lora_weights={name!r}")
-        deal_out(bank, *peft_start(name, weight_OI, R, generator(seed, path), scale=bank.scales[0]))
+        deal_out(m, *peft_start(name, weight_OI, R, generator(seed, path), scale=bank.scales[0]))
 
 
 class OLoRA(PiSSA):

@@ -21,6 +21,7 @@ from molora.config import GateConfig, RouterConfig
 from molora.config.strict import matches
 from molora.errors import ConfigError, nearest
 from molora.interop.xlora_of_peft import CLASSIFIER, PEFT_TYPE
+from molora.layers.banks import banks_of
 from molora.layers.linear import MixtureLinear
 from molora.layers.mixture import HEAD, Mixture
 from molora.model import MixtureModel
@@ -62,10 +63,12 @@ def export_xlora(model: nn.Module, save_directory: str | os.PathLike[str]) -> No
         or not isinstance(gate, GateConfig)
         or len(mixture.config.placements) > 1
         or mixture.config.modules_to_save
+        or placement.always
     ):
         raise ConfigError(
             f"export_xlora: got recipe {mixture.config.recipe!r}, expected one placement of ready-made adapters "
-            "under a model-wide router, without modules_to_save; export_expert writes one expert of any mixture"
+            "under a model-wide router, without modules_to_save or always-on experts; export_expert writes one expert "
+            "of any mixture"
         )
     folder = Path(save_directory)
     base = getattr(getattr(model, "config", None), "_name_or_path", "") or None
@@ -109,7 +112,7 @@ def _experts(model: nn.Module, names: Sequence[str], factor: float) -> list[dict
             )
         for e, own in enumerate(out):
             if m.bank.ranks[e] and factor:
-                A, B, scale = m.bank.expert(e)
+                A, B, scale = m.bank.as_lora(e)
                 own[path] = A, B, scale / factor
     empty = [n for n, own in zip(names, out, strict=True) if not own]
     if empty:
@@ -180,7 +183,9 @@ def export_merged(model: nn.Module, save_directory: str | os.PathLike[str], weig
             (1.0,) * m.site.num_experts if m.always_on else _of_site(mixture, weights, m, lead.get(m.site.block, path))
         )
         assert m.bank is not None
-        parts = [(*m.bank.expert(e)[:2], w * m.bank.scales[e]) for e, w in enumerate(own) if w and m.bank.ranks[e]]
+        weighted = [(w, m.bank.as_lora(e)) for e, w in enumerate(own) if w and m.bank.ranks[e]]
+        weighted += [(1.0, bank.as_lora(0)) for name, bank in banks_of(m).items() if bank is not m.bank]
+        parts = [(A, B, w * scale) for w, (A, B, scale) in weighted]
         if parts:
             A, B = torch.cat([A for A, _, _ in parts]), torch.cat([B.double() * s for _, B, s in parts], dim=1)
             wide = torch.promote_types(A.dtype, torch.float32)  # a scaled B rounds once more in half precision

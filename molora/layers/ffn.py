@@ -5,6 +5,7 @@
 The up-side linears return a slot axis (..., K, F), one slot per chosen expert; the frozen elementwise middle runs on
 it unchanged; the down linear contracts it with the weights. By linearity ``sum_k w_k W2 h_k = W2 sum_k w_k h_k``, so
 each frozen projection sees every token once, whatever K is (MixLoRA, arXiv 2404.15159, shares W1 and W3 only).
+Experts that are always on are part of the linear that they are on: W there stands for ``W + s B A``.
 """
 
 from __future__ import annotations
@@ -38,11 +39,14 @@ class FFNUp(MixtureLinear):
     the experts' factors go to the down linear directly, and the module's own middle sees a single zero per token.
     """
 
+    one_product = False
+
     def forward(self, x: Tensor) -> Tensor:
         """Base product once per token, plus each slot's own expert."""
         if context.is_off(self.owner):
             return cast(Tensor, self.base_layer(x))
-        base = self.base(x)
+        dropped = None if self.always is None else self.dropped(x)
+        base = self.base(x) if dropped is None else self.linear(x, dropped)
         x_TD = x.reshape(-1, x.shape[-1])
         routing = self.route(x_TD)
         base_TF, bank = base.reshape(-1, base.shape[-1]), self.bank
@@ -52,7 +56,7 @@ class FFNUp(MixtureLinear):
         K = routing.weights.shape[1]
         if bank is None:
             return base.unsqueeze(-2).expand(*base.shape[:-1], K, -1)
-        dropped_TD = self.dropped(x_TD)
+        dropped_TD = self.dropped(x_TD) if dropped is None else dropped.reshape(x_TD.shape)
         A_RD, B_FR, layout = bank.packed()
         y_TKF = expand_slots(self.kernel, base_TF, dropped_TD, A_RD, B_FR, routing, layout)
         return y_TKF.view(*base.shape[:-1], K, base.shape[-1])
@@ -74,6 +78,8 @@ class FFNUp(MixtureLinear):
 class FFNDown(MixtureLinear):
     """The down linear: h (..., K, F) and the block's weights to (..., D)."""
 
+    one_product = False
+
     def forward(self, h: Tensor) -> Tensor:
         """``W2 (sum_k w_k h_k) + sum_k w_k s B_e A_e h_k``; a bias counts ``sum_k w_k`` times."""
         if context.is_off(self.owner):
@@ -89,23 +95,29 @@ class FFNDown(MixtureLinear):
 
     def _from_slots(self, h_TKF: Tensor, tokens: torch.Size, routing: Routing) -> Tensor:
         weights_TK = routing.weights.to(h_TKF.dtype)
-        y_TD = self._base_of_mixed(mix_slots(h_TKF, weights_TK), tokens, weights_TK)
+        mixed_TF = dropped_TF = mix_slots(h_TKF, weights_TK)
+        dropped_TKF = None if self.always is None else self.dropped(h_TKF)
+        if dropped_TKF is not None and dropped_TKF is not h_TKF:  # always-on experts see what the routed ones see
+            dropped_TF = mix_slots(dropped_TKF, weights_TK)
+        y_TD = self._base_of_mixed(mixed_TF, dropped_TF, tokens, weights_TK)
         if self.bank is None:
             return y_TD
         A_RF, B_DR, layout = self.bank.packed()
         experts = A_RF, B_DR, routing, layout
-        return contract_slots(self.kernel, self.base_layer, y_TD, self.dropped(h_TKF), experts)
+        dropped_TKF = self.dropped(h_TKF) if dropped_TKF is None else dropped_TKF
+        return contract_slots(self.kernel, self.base_layer, y_TD, dropped_TKF, experts)
 
     def _from_unit(self, unit: Unit, tokens: torch.Size, routing: Routing) -> Tensor:
         A_RF, B_DR, layout = (None, None, None) if self.bank is None else self.bank.packed()
         mixed_TF, h_TR = unit.mix(A_RF, layout, routing, self.site.act)
-        y_TD = self._base_of_mixed(mixed_TF, tokens, routing.weights)
+        y_TD = self._base_of_mixed(mixed_TF, mixed_TF, tokens, routing.weights)
         if B_DR is None or h_TR is None:
             return y_TD
         return add_ranks(self.base_layer, mixed_TF, y_TD, h_TR, B_DR)
 
-    def _base_of_mixed(self, mixed_TF: Tensor, tokens: torch.Size, weights_TK: Tensor) -> Tensor:
-        y = self.base(mixed_TF.view(*tokens, mixed_TF.shape[-1]))
+    def _base_of_mixed(self, mixed_TF: Tensor, dropped_TF: Tensor, tokens: torch.Size, weights_TK: Tensor) -> Tensor:
+        x = mixed_TF.view(*tokens, mixed_TF.shape[-1])
+        y = self.linear(x, x if dropped_TF is mixed_TF else dropped_TF.view_as(x))
         y_TD = y.reshape(-1, y.shape[-1])
         if self.bias is not None and not self._sums_to_one():
             if self.bias.is_meta and not y.is_meta:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from molora import context
 from molora.config import Placement, SiteConfig
+from molora.config.site import TAKES_BACK
 from molora.errors import ConfigError
-from molora.kernels.dispatch import mix_linear
-from molora.layers.banks.plain import ExpertBank
+from molora.kernels.dispatch import for_every_token, mix_linear
+from molora.layers.banks import Bank
+from molora.layers.banks.always_on import AlwaysOnBanks
+from molora.layers.banks.frozen_ranks import with_start_taken_back
 from molora.layers.mixture import Owner
 from molora.layers.routed import RoutedModule
 from molora.layers.wrapper import Wrapper
@@ -28,7 +32,13 @@ class MixtureLinear(RoutedModule, Wrapper):
 
     x: (..., in_features) in the base's dtype; y: (..., out_features) in the dtype the base returns. Works on any
     module that maps the last dimension, quantised or not. Off (``disable_adapter``), it is the base call itself.
+
+    Banks that are always on add ``sum_a s_a B_a A_a dropout(x)``. They are part of the linear: no router, tape or
+    balance rule sees them. All banks are one product here, with weight 1 for those experts.
     """
+
+    saved = ("bank", "always", "router")
+    one_product: ClassVar[bool] = True  # whether always-on experts are in the product of the routed ones
 
     def __init__(
         self,
@@ -37,11 +47,37 @@ class MixtureLinear(RoutedModule, Wrapper):
         placement: Placement,
         owner: Owner,
         router: nn.Module | None,
-        bank: ExpertBank | None,
+        bank: Bank | None,
         kernel: str,
+        always: Mapping[str, Bank] | None = None,
     ) -> None:
         super().__init__(site, placement, owner, router)
         self.base_layer, self.bank, self.kernel = base_layer, bank, kernel
+        self.always = AlwaysOnBanks(always, bank if self.one_product else None) if always else None
+
+    def use_bank(self, bank: Bank | None) -> None:
+        """Put another bank in the place of the routed one."""
+        self.bank = bank
+        if self.always is not None and self.one_product:
+            self.always.beside(bank)
+
+    def take_start_back(self) -> None:
+        """Have the routed experts, as they are now, take themselves back: they add nothing until they are trained.
+
+        Raises:
+            ConfigError: for a bank that is not made of A and B alone.
+        """
+        if self.bank is not None:
+            site = self.site.of_kind(TAKES_BACK)
+            self.use_bank(with_start_taken_back(self.bank, site))
+            self.site = site
+
+    def drop_always(self, name: str) -> None:
+        """Take one always-on bank off."""
+        assert self.always is not None
+        left = {n: b for n, b in self.always.banks().items() if n != name}
+        self.always = AlwaysOnBanks(left, self.bank if self.one_product else None) if left else None
+        self.site = self.site.replace(banks=tuple(b for b in self.site.banks if b.name != name))
 
     @property
     def place(self) -> str:
@@ -74,9 +110,9 @@ class MixtureLinear(RoutedModule, Wrapper):
 
     def extra_repr(self) -> str:
         """Experts, total rank and choices, for ``print(model)``."""
-        ranks = self.site.expert_ranks()
+        site, always = self.site, "".join(f", always_on={b.name}" for b in self.site.banks)
         return (
-            f"experts={self.site.num_experts}, total_rank={sum(ranks)}, top_k={self.site.top_k}, role={self.site.role}"
+            f"experts={site.num_experts}, total_rank={site.total_rank()}, top_k={site.top_k}, role={site.role}{always}"
         )
 
     def base(self, x: Tensor) -> Tensor:
@@ -94,6 +130,18 @@ class MixtureLinear(RoutedModule, Wrapper):
                 f"the inputs to {dtype}, load the model in {x.dtype}, or run under torch.autocast"
             )
         return cast(Tensor, layer(x))
+
+    def linear(self, x: Tensor, dropped: Tensor) -> Tensor:
+        """The linear with what is always on, ``W x + sum_a s_a B_a A_a dropped``; shapes as in the class docstring."""
+        if self.always is None:
+            return self.base(x)
+        x_TI = x.reshape(-1, x.shape[-1])
+        dropped_TI = x_TI if dropped is x else dropped.reshape(x_TI.shape)
+        A_RI, B_OR, layout = self.always.packed()
+        experts, read = (A_RI, B_OR, None, layout), x.ndim == 2 or x.is_contiguous()
+        kernel = for_every_token(self.kernel)
+        y_TO = mix_linear(kernel, self.base_layer, lambda: self.base(x), x_TI, dropped_TI, experts, read)
+        return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 
     def dropped(self, x_TI: Tensor) -> Tensor:
         """The experts' input: one dropout mask for all of them, in train mode only."""
@@ -120,7 +168,7 @@ class MixtureLinear(RoutedModule, Wrapper):
         off, frame = context.here(self.owner)
         if off:
             return cast(Tensor, self.base_layer(x))
-        if self.model_wide and frame is not None and frame.pass_value == 0.0:
+        if self.model_wide and frame is not None and frame.pass_value == 0.0 and self.always is None:
             return self.base(x)
         x_TI = x.reshape(-1, x.shape[-1])
         dropped_TI = self.dropped(x_TI)
@@ -128,7 +176,11 @@ class MixtureLinear(RoutedModule, Wrapper):
         bank = self.bank
         if bank is None:
             return self.base(x)
-        A_RI, B_OR, layout = bank.packed()
+        if self.always is None:
+            A_RI, B_OR, layout = bank.packed()
+        else:
+            A_RI, B_OR, layout = self.always.packed(bank)
+            routing = None if routing is None else routing.beside(self.always.experts)
         experts = A_RI, B_OR, routing, layout
         read = x.ndim == 2 or x.is_contiguous()  # else nn.Linear multiplies batch by batch, and rounds otherwise
         y_TO = mix_linear(self.kernel, self.base_layer, lambda: self.base(x), x_TI, dropped_TI, experts, read)

@@ -29,7 +29,7 @@ from molora import context
 from molora.config import Placement
 from molora.config.site import SiteConfig
 from molora.errors import MoloraError
-from molora.layers.banks.plain import ExpertBank
+from molora.layers.banks import Bank
 from molora.layers.mixture import Owner
 from molora.layers.routed import RoutedModule
 from molora.layers.wrapper import Wrapper
@@ -41,7 +41,7 @@ __all__ = ["FusedExperts", "FusedParameter"]
 class FusedParameter(RoutedModule):
     """The LoRAs of one stacked parameter: a bank of E experts of rank r, all of them in force, without a router."""
 
-    def __init__(self, site: SiteConfig, placement: Placement, owner: Owner, bank: ExpertBank) -> None:
+    def __init__(self, site: SiteConfig, placement: Placement, owner: Owner, bank: Bank) -> None:
         super().__init__(site, placement, owner, None)
         self.bank = bank
 
@@ -55,7 +55,7 @@ class FusedParameter(RoutedModule):
         On a half-precision base the factors are rounded to its dtype, and so is the sum.
         """
         A_RI, B_OR, layout = self.bank.packed()
-        E, r = self.site.num_experts, self.site.ranks[0]
+        E, r = self.site.num_experts, layout.ranks[0]
         A = A_RI.to(stacked.dtype).view(E, r, -1)
         B = B_OR.to(stacked.dtype).view(-1, E, r).transpose(0, 1)
         left, right = (A.mT, B.mT) if self.site.transposed else (B, A)

@@ -6,6 +6,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from molora.errors import ConfigError
+from molora.layers.banks import BANKS
 from molora.layers.mixture import HEAD
 from molora.model import MixtureModel
 
@@ -13,8 +14,8 @@ __all__ = ["PLACE", "UNLOAD", "check_base", "check_name"]
 
 PLACE = "named_mixtures"  # attribute of the base model; delete_adapter of PEFT skips paths that contain "molora_"
 UNLOAD = "two in one model would feed on each other's outputs: unload() one of them first"
-OWN = {PLACE, "parked", "wrappers", HEAD, "layers", "bank", "router", "base_layer", "original", "trained"}
-OWN |= {"lora_A", "lora_B", "weight", "bias", "select_bias"}  # parts of the keys of mixtures that are still to come
+OWN = {PLACE, "parked", "wrappers", HEAD, "layers", "bank", "always", "router", "base_layer", "original", "trained"}
+OWN |= {"weight", "bias", "select_bias"}  # parts of the keys of mixtures that are still to come
 
 
 def check_base(model: nn.Module, named: bool) -> None:
@@ -32,7 +33,8 @@ def check_name(model: nn.Module, name: str) -> None:
     """ConfigError for a name that PEFT would find in the keys of another mixture, or that a module cannot have."""
     keys = [path for path, _ in model.named_modules()]
     keys += [*(n for n, _ in model.named_parameters()), *(n for n, _ in model.named_buffers())]
-    parts = OWN | {part for key in keys for part in key.split(".")}
+    parts = OWN | {name for bank in BANKS.values() for name in bank.dims}
+    parts |= {part for key in keys for part in key.split(".")}
     if not name or "." in name or name.isdecimal() or name in parts or hasattr(nn.ModuleDict(), name):
         raise ConfigError(
             f"adapter name: got {name!r}, expected a name without dots that is no number and no part of a path in the "

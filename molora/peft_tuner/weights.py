@@ -11,7 +11,8 @@ from molora.adapter.folder import check_tensors
 from molora.adapter.names import PREFIX
 from molora.adapter.safetensors_file import write_tensors
 from molora.errors import AdapterError, CheckpointError
-from molora.initialisers import start_of
+from molora.initialisers import trains
+from molora.layers.banks import expected_shapes, trained_names
 from molora.layers.mixture import HEAD, Mixture
 from molora.surgery.state import saved_tensors
 
@@ -21,15 +22,16 @@ __all__ = ["digest", "keys_of", "to_load", "to_save", "trained"]
 def trained(mixture: Mixture, names: Iterable[str]) -> set[str]:
     """Those of the canonical ``names`` that the recipe trains."""
     places = {s.path: mixture.config.placements[s.placement] for s in mixture.sites}
+    banks = {f"{s.path}.{name}" for s in mixture.sites for name in expected_shapes(s)}
+    learned_banks = {f"{s.path}.{name}" for s in mixture.sites for name in trained_names(s, *trains(places[s.path]))}
     head = any(p.router.train for p in mixture.config.placements if p.router.scope == "model")
     out = set()
     for name in names:
-        bank, router = (places.get(name.rpartition(f".{part}.")[0]) for part in ("bank", "router"))
+        router = places.get(name.rpartition(".router.")[0])
         if name.startswith(f"{HEAD}."):
             learned = head
-        elif bank is not None:
-            learned = {"lora_A": True, "lora_B": start_of(bank).trains_B}.get(name.rpartition(".")[2], False)
-            learned = learned and bank.train_experts
+        elif name in banks:
+            learned = name in learned_banks
         else:
             learned = router is None or router.router.train  # neither: a module trained whole
         out |= {name} if learned else set()

@@ -9,6 +9,7 @@ from molora.config.strict import report, shown, well_typed
 from molora.errors import nearest
 from molora.initialisers import INITIALISERS, initialiser, start_of
 from molora.kernels.dispatch import FORMER_NAMES, KERNELS
+from molora.layers.banks import config_faults
 from molora.penalties import PENALTIES
 from molora.routers import BALANCES, GATES, ROUTERS
 
@@ -37,7 +38,7 @@ def entry_faults(config: MoloraConfig) -> list[str]:
 
 def unknown_names(config: MoloraConfig) -> list[str]:
     """The names that are in no table."""
-    out = _unknown("kernel", config.kernel, {"auto": None, **KERNELS}, FORMER_NAMES)
+    out = _unknown("kernel", config.kernel, {"auto": None, **KERNELS}, FORMER_NAMES) + config_faults(config)
     for p in config.placements:
         out += _unknown("router", p.router.kind, ROUTERS) + _unknown("gate", p.gate.kind, GATES)
         out += [fault for b in p.balance for fault in _unknown("balance rule", b.kind, BALANCES)]

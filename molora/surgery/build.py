@@ -10,9 +10,9 @@ from torch import nn
 
 from molora.config import MoloraConfig, Placement
 from molora.config.site import SiteConfig
-from molora.errors import TargetError, nearest
-from molora.initialisers import draw, start_of
-from molora.layers.banks.plain import ExpertBank
+from molora.errors import ConfigError, TargetError, nearest
+from molora.initialisers import Initialiser, draw, start_of, trains
+from molora.layers.banks import Bank, bank_class
 from molora.layers.ffn import FFNDown, FFNRows, FFNUp
 from molora.layers.linear import HALF, MixtureLinear
 from molora.layers.mixture import HEAD, Owner
@@ -81,18 +81,40 @@ def _site(base: nn.Module, site: SiteConfig, p: Placement, kernel: str, owner: O
     if site.role == "rows":
         wrapper: MixtureLinear | FFNRows = FFNRows(base, site, p, owner, router)
     else:
-        bank = ExpertBank(site, train=p.train_experts, dtype=dtype, device=start) if site.ranks else None
-        if bank is not None:
-            bank.lora_B.requires_grad_(p.train_experts and start_of(p).trains_B)
-        wrapper = ROLES[site.role](base, site, p, owner, router, bank, kernel)
-        if bank is not None and start.type != "meta":
-            draw(bank, p, generator(seed, site.path, "bank"))
+        bank = _routed_bank(site, p, dtype, start, seed) if site.ranks else None
+        always = {
+            name: _bank(own, (True, True), dtype, start, Initialiser, generator(seed, site.path, "always", name))
+            for name, own in site.always().items()
+        }
+        wrapper = ROLES[site.role](base, site, p, owner, router, bank, kernel, always)
     if router is not None and start.type != "meta":
         router.reset_parameters(generator(seed, site.path, "router"))
     for name, child in wrapper.named_children():
         if name != "base_layer":
             child.to(device)
     return wrapper.train(base.training)
+
+
+def _routed_bank(site: SiteConfig, p: Placement, dtype: torch.dtype, device: torch.device, seed: int) -> Bank:
+    return _bank(site, trains(p), dtype, device, start_of(p), generator(seed, site.path, "bank"))
+
+
+def _bank(
+    site: SiteConfig,
+    learned: tuple[bool, bool],
+    dtype: torch.dtype,
+    device: torch.device,
+    start: type[Initialiser],
+    rng: torch.Generator,
+) -> Bank:
+    """A bank of the site's kind at its start; ``learned``: whether experts are trained, and B with them."""
+    entry = bank_class(site)
+    if faults := entry.faults(site):
+        raise ConfigError("; ".join(faults))
+    bank = entry(site, train=learned[0], train_B=learned[1], dtype=dtype, device=device)
+    if device.type != "meta":
+        draw(bank, start, rng)
+    return bank
 
 
 def _fused(
@@ -104,9 +126,9 @@ def _fused(
         path, name = owner_of(site.path)
         p, (device, dtype) = config.placements[site.placement], _place(model.get_submodule(path))
         start = torch.device("meta") if device.type == "meta" else torch.device("cpu")
-        bank = ExpertBank(site, train=p.train_experts, dtype=dtype, device=start)
-        if start.type != "meta":
-            draw(bank, p, generator(seed, site.path, "bank"))
+        if not bank_class(site).for_stacked:
+            raise ConfigError(f"{site.path}: got bank={site.kind!r} for experts of the base, expected another kind")
+        bank = _routed_bank(site, p, dtype, start, seed)
         parts.setdefault(path, {})[name] = FusedParameter(site, p, owner, bank.to(device))
     bases = {path: model.get_submodule(path) for path in parts}
     return {path: FusedExperts(base, parts[path], owner, path).train(base.training) for path, base in bases.items()}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
 from torch import nn
 
 from molora.config import MoloraConfig, Placement
@@ -15,7 +15,7 @@ from molora.config.site import SiteConfig
 from molora.config.strict import PerLayer, matches, shown
 from molora.errors import ConfigError
 from molora.initialisers import draw, start_of
-from molora.layers.banks.plain import ExpertBank
+from molora.layers.banks import Bank, banks_of
 from molora.layers.linear import MixtureLinear
 from molora.layers.mixture import HEAD, Mixture
 from molora.layers.routed import RoutedModule
@@ -107,8 +107,7 @@ def _routed(model: nn.Module, mixture: Mixture, what: str) -> list[RoutedModule]
         raise ConfigError(f"{what}: recipe {mixture.config.recipe!r} has one expert that is always on, and no router")
     if any(m.placement.gate.partition > 1 for m in routed):
         raise ConfigError(f"{what}: got experts that share a logit (partition), expected a logit for each")
-    banks = [m.bank for m in routed if isinstance(m, MixtureLinear) and m.bank is not None]
-    if any(b.in_pieces or b.lora_A.is_meta for b in banks):
+    if any(b.in_pieces or b.is_meta for m in routed for b in banks_of(m).values()):
         raise ConfigError(f"{what}: the experts are in pieces (an engine's), offloaded or on meta; change them before")
     return routed
 
@@ -175,12 +174,14 @@ def _apply(change: _Change) -> None:
     """Build every new bank and router beside the model, then put them in."""
     modules = {m.site.path: m for _, m in sites_of(change.model).values()}
     sites = tuple(_site(s, change.sources.get(s.path)) for s in change.mixture.sites)
-    made: list[tuple[RoutedModule, SiteConfig, ExpertBank | None, nn.Module | None]] = []
+    made: list[tuple[RoutedModule, SiteConfig, Bank | None, nn.Module | None]] = []
     for site in sites:
         m, sources = modules[site.path], change.sources.get(site.path)
         bank, router = getattr(m, "bank", None), m.router
         if sources is not None:
-            bank = None if bank is None else _bank(bank, site, m.placement, sources, change.seed)
+            if bank is not None:
+                rng = generator(change.seed, site.path, "bank", str(len(sources)))
+                bank = bank.resized(site, sources, functools.partial(draw, start=start_of(m.placement), generator=rng))
             placement = change.config.placements[site.placement]
             if router is not None:
                 router = cast(Router, router).resized(sources, placement.router, placement.gate, change.logit)
@@ -190,7 +191,7 @@ def _apply(change: _Change) -> None:
     for m, site, bank, router in made:
         m.site, m.router, m.placement = site, router, change.config.placements[site.placement]
         if isinstance(m, MixtureLinear):
-            m.bank = bank
+            m.use_bank(bank)
     if head is not None:
         setattr(change.model, HEAD, head)
     change.mixture.config, change.mixture.sites = change.config, sites
@@ -209,18 +210,3 @@ def _site(site: SiteConfig, sources: Sources | None) -> SiteConfig:
         return values if len(values) < 2 else tuple(values[0 if s is None else s] for s in sources)
 
     return site.replace(num_experts=len(sources), ranks=chosen(site.ranks), scales=chosen(site.scales))
-
-
-def _bank(old: ExpertBank, site: SiteConfig, p: Placement, sources: Sources, seed: int) -> ExpertBank:
-    A = old.lora_A
-    new = ExpertBank(site, train=A.requires_grad, dtype=A.dtype, device=torch.device("cpu"))
-    new.lora_B.requires_grad_(old.lora_B.requires_grad)
-    draw(new, p, generator(seed, site.path, "bank", str(len(sources))))
-    with torch.no_grad():
-        for e, source in enumerate(sources):
-            if source is None:
-                new.parts(e)[1].zero_()
-            else:
-                for own, given in zip(new.parts(e), old.parts(source), strict=True):
-                    own.copy_(given)
-    return new.to(A.device)

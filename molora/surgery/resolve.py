@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from molora.adapter.peft_lora import LoraAdapter
 from molora.config import MoloraConfig, Placement, per_layer
+from molora.config.banks import SiteBank
 from molora.config.site import SiteConfig
 from molora.config.strict import PerLayer
 from molora.errors import ConfigError, TargetError, nearest
@@ -63,8 +64,11 @@ class _Resolver:
             "scales": scales if adapted else (),
             "top_k": top_k,
             "takes_back": adapted and start_of(p).takes_back,
+            "bank": p.bank if adapted else "plain",
+            "banks": _always_on(p) if adapted else (),
         }
-        return SiteConfig(path=path, placement=placement, **{**values, **own})  # type: ignore[arg-type]
+        site = SiteConfig(path=path, placement=placement, **{**values, **own})  # type: ignore[arg-type]
+        return site.of_kind(site.kind)
 
     def size(self, p: Placement, c: Candidate) -> tuple[int, tuple[int, ...], tuple[float, ...], int | None]:
         """(experts, ranks, scales, top_k) of one linear."""
@@ -149,6 +153,7 @@ class _Resolver:
             num_experts=s.experts,
             ranks=(rank,),
             scales=(scale,),
+            bank=self.config.placements[0].bank,
         )
 
     def block(self, b: FFNBlock, i: int, p: Placement, targets: set[str]) -> list[SiteConfig]:
@@ -186,6 +191,10 @@ class _Resolver:
             )
         lead = self.site(b.ups[0], i, adapted=False, role="rows", block=b.down).replace(path=name)
         return [lead, *(self.site(p, i, block=b.down, lead=False) for p in (*b.ups, b.down) if p in targets)]
+
+
+def _always_on(p: Placement) -> tuple[SiteBank, ...]:
+    return tuple(SiteBank(name=a.name, r=a.r, scale=a.lora_alpha / a.r, bank=a.bank) for a in p.always)
 
 
 def _last(paths: set[str]) -> set[str]:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from molora.config.strict import shown
 from molora.errors import AdapterError, ConfigError, nearest
+from molora.layers.banks import Bank, banks_of
 from molora.layers.linear import MixtureLinear
-from molora.layers.mixture import HEAD
+from molora.layers.mixture import HEAD, Mixture
 from molora.layers.routed import RoutedModule
 from molora.layers.saved import SavedModule
 from molora.layers.stacked import FusedExperts, FusedParameter
 from molora.layers.wrapper import Wrapper
 from molora.surgery.install import sites_of, wrappers_of
 
-__all__ = ["expert_modules", "keep_trained", "merge_expert", "merges", "saved_tensors", "stacks_of", "trained_copies"]
+__all__ = ["always_on_names", "expert_modules", "keep_trained", "merge_always_on", "merge_expert", "merges"]
+__all__ += ["saved_tensors", "stacks_of", "trained_copies"]
 
 T = TypeVar("T")
 
@@ -35,23 +37,70 @@ def merge_expert(model: nn.Module, m: RoutedModule) -> None:
     Raises:
         AdapterError: for a base that is no plain float linear, or an expert with NaN or infinite values.
     """
+    weight: Any
     if isinstance(m, FusedParameter):
-        weight: Any = _holders(model)[m].get_parameter(m.site.path.rpartition(".")[2])
+        weight = _holders(model)[m].get_parameter(m.site.path.rpartition(".")[2])
         merged = m(weight)
     else:
         assert isinstance(m, MixtureLinear)
-        weight, bank = m.base_layer._parameters.get("weight"), m.bank
-        if type(weight) is not nn.Parameter or not weight.is_floating_point() or bank is None:
-            raise AdapterError(
-                f"{m.site.path}: cannot merge into a {type(m.base_layer).__name__}; only plain float linears"
-            )
-        A, B, scale = bank.expert(0)
-        delta_OI = scale * (B.float() @ A.float())
-        transposed = weight.shape != delta_OI.shape or hasattr(m.base_layer, "nx")
-        merged = weight + (delta_OI.t() if transposed else delta_OI).to(weight.dtype)
+        weight, merged = m.base_layer._parameters.get("weight"), _with_merged(m, list(banks_of(m).values()))
+    _check_merged(m, merged)
+    weight.copy_(merged)
+
+
+def _with_merged(m: MixtureLinear, banks: Sequence[Bank]) -> Tensor:
+    """The base weight with these banks' only experts in it, in the weight's own layout and dtype."""
+    weight: Any = m.base_layer._parameters.get("weight")
+    if type(weight) is not nn.Parameter or not weight.is_floating_point() or not banks:
+        raise AdapterError(
+            f"{m.site.path}: cannot merge into a {type(m.base_layer).__name__}; only plain float linears"
+        )
+    deltas_OI = [scale * (B.float() @ A.float()) for A, B, scale in (bank.as_lora(0) for bank in banks)]
+    delta_OI = sum(deltas_OI[1:], deltas_OI[0])
+    transposed = weight.shape != delta_OI.shape or hasattr(m.base_layer, "nx")
+    return weight + (delta_OI.t() if transposed else delta_OI).to(weight.dtype)
+
+
+def _check_merged(m: RoutedModule, merged: Tensor) -> None:
     if not bool(torch.isfinite(merged).all()):
         raise AdapterError(f"{m.site.path}: the expert holds NaN or infinite values; nothing was merged here")
-    weight.copy_(merged)
+
+
+@torch.no_grad()
+def merge_always_on(model: nn.Module, mixture: Mixture, name: str) -> None:
+    """Add the always-on bank ``name`` into the base weight of every linear that has it, and take it off; all or none.
+
+    Raises:
+        ConfigError: when no linear has a bank of that name.
+        AdapterError: for a base that is no plain float linear, or values that are NaN or infinite.
+    """
+    sites = [m for _, m in sites_of(model).values() if f"always.{name}" in banks_of(m)]
+    if not sites:
+        known = always_on_names(model)
+        raise ConfigError(
+            f"merge_always_on: got {shown(name)}, expected one of {list(known) or 'none: no bank is always on'}"
+            f"{nearest(str(name), known)}"
+        )
+    for m in sites:  # all that can go wrong goes wrong here
+        assert isinstance(m, MixtureLinear)
+        _check_merged(m, _with_merged(m, [banks_of(m)[f"always.{name}"]]))
+    for m in sites:
+        assert isinstance(m, MixtureLinear)
+        weight = cast(Tensor, m.base_layer._parameters["weight"])
+        weight.copy_(_with_merged(m, [banks_of(m)[f"always.{name}"]]))
+        m.drop_always(name)
+    own = {m.site.path: m.site for m in sites}
+    mixture.sites = tuple(own.get(s.path, s) for s in mixture.sites)
+    placements = mixture.config.placements
+    left = tuple(p.replace(always=tuple(a for a in p.always if a.name != name)) for p in placements)
+    mixture.config = mixture.config.replace(placements=left)
+    for _, m in sites_of(model).values():
+        m.placement = left[m.site.placement]
+
+
+def always_on_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of the banks that are always on, of all sites."""
+    return tuple(dict.fromkeys(b.name for _, m in sites_of(model).values() for b in m.site.banks))
 
 
 def _holders(model: nn.Module) -> dict[FusedParameter, nn.Module]:
@@ -63,7 +112,7 @@ def _holders(model: nn.Module) -> dict[FusedParameter, nn.Module]:
 def stacks_of(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float, int]]:
     """The LoRAs of the base's own experts by path of the parameter: A (E r, in), B (out, E r), scale and E."""
     sites = [(path, m) for path, m in sites_of(model).values() if isinstance(m, FusedParameter)]
-    return {p: (m.bank.lora_A, m.bank.lora_B, m.site.scales[0], m.site.num_experts) for p, m in sites}
+    return {p: (*m.bank.packed()[:2], m.site.scales[0], m.site.num_experts) for p, m in sites}
 
 
 def trained_copies(model: nn.Module) -> dict[str, SavedModule]:
@@ -80,18 +129,24 @@ def keep_trained(model: nn.Module) -> None:
 def expert_modules(
     model: nn.Module, names: Sequence[str], expert: str | int
 ) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """A, B and scale of one expert, by index or by its name among ``names``, at every site that has it.
+    """A, B and scale of one expert, by index or by its name, at every site that has it.
 
-    Sites with a single expert come along where others have several.
+    ``names``: of the routed experts; those of always-on banks are the config's. Where an index is asked for, sites
+    with a single expert come along where others have several, and always-on banks, which have names, do not.
 
     Raises:
         ConfigError: when there is no such expert.
     """
+    always = always_on_names(model)
+    if isinstance(expert, str) and expert in always:
+        found = {m.site.path: banks_of(m).get(f"always.{expert}") for _, m in sites_of(model).values()}
+        return {path: bank.as_lora(0) for path, bank in found.items() if bank is not None}
     sites = [m for _, m in sites_of(model).values() if isinstance(m, MixtureLinear) and m.bank is not None]
     largest = max((m.site.num_experts for m in sites), default=1)
     if isinstance(expert, str) and expert not in names:
         raise ConfigError(
-            f"export_expert: got {expert!r}, expected one of {names or 'the indices'}{nearest(expert, names)}"
+            f"export_expert: got {expert!r}, expected one of {[*names, *always] or 'the indices'}"
+            f"{nearest(expert, [*names, *always])}"
         )
     index = names.index(expert) if isinstance(expert, str) else expert
     if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < largest:
@@ -100,7 +155,7 @@ def expert_modules(
     for m in sites:
         e = index if m.site.num_experts > 1 or largest == 1 else 0
         if e < m.site.num_experts and m.bank is not None and m.bank.ranks[e] > 0:
-            modules[m.site.path] = m.bank.expert(e)
+            modules[m.site.path] = m.bank.as_lora(e)
     return modules
 
 

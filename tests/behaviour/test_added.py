@@ -26,6 +26,7 @@ CONFIGS: dict[str, Callable[[], MoloraConfig]] = {
     "threshold_gate": lambda: life.smallest("gate", "threshold"),
     "task_margin_rule": lambda: life.smallest("balance", "task_margin"),
     "sparse_penalty": lambda: life.smallest("penalty", "sparse"),
+    "diagonal_bank": lambda: life.smallest("bank", "diagonal"),
     "banded_initialiser": lambda: life.smallest("initialiser", "banded"),
     "pair_recipe": lambda: RECIPES["pair"](),
     "whole_recipe": lambda: RECIPES["whole"](),

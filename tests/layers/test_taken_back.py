@@ -58,7 +58,7 @@ def test_at_the_start_the_model_is_the_base_whatever_the_gates_are(recipe: str, 
     model = started(recipe, start)
     assert distance(tiny.output(model, tiny.batch("llama")), expected) < ROUNDING
     for bank in banks(model).values():
-        parts = [bank.parts(e) for e in range(len(bank.ranks))]
+        parts = [tuple(bank.views(e).values()) for e in range(len(bank.ranks))]
         assert len({tuple(A.flatten().tolist()) for A, *_ in parts}) == len(parts)
         assert all(torch.equal(A, A0) and torch.equal(B, -B0) and B.any() for A, B, A0, B0 in parts)
     plain = model.unload()
@@ -93,7 +93,7 @@ def test_outputs_and_gradients_are_the_formulas(recipe: str) -> None:
         weights = torch.ones(5, 1) if m.always_on else m.route(x).dense().double()
         y = x @ m.base_layer.weight.T
         for e, s in enumerate(m.bank.scales):
-            A, B, A0, minus_B0 = m.bank.parts(e)
+            A, B, A0, minus_B0 = m.bank.views(e).values()
             y = y + weights[:, e : e + 1] * s * (x @ (B @ A + minus_B0 @ A0).T)
         got, probe = m(x), torch.randn_like(y)
         close(got, y, "formula")
@@ -174,7 +174,7 @@ def test_experts_share_out_the_principal_part() -> None:
         U, S, Vh = torch.linalg.svd(base.get_submodule(path).weight.detach(), full_matrices=False)
         close(bank.scales[0] * bank.lora_B @ bank.lora_A, U[:, :6] @ torch.diag(S[:6]) @ Vh[:6], "same_math_fp32")
         for e in range(3):
-            A, B, *_ = bank.parts(e)
+            A, B, *_ = bank.views(e).values()
             own = [e, e + 3]
             close(bank.scales[0] * B @ A, U[:, own] @ torch.diag(S[own]) @ Vh[own], "same_math_fp32")
 

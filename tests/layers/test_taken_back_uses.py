@@ -26,7 +26,7 @@ from tests.support.tolerances import close
 
 def change(bank: Any, e: int) -> torch.Tensor:
     """The expert's change of the weight, by hand: s (B A - B0 A0)."""
-    A, B, A0, minus_B0 = bank.parts(e)
+    A, B, A0, minus_B0 = bank.views(e).values()
     out: torch.Tensor = bank.scales[e] * (B @ A + minus_B0 @ A0).detach()
     return out
 

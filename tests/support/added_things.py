@@ -13,13 +13,14 @@ from typing import Any
 from molora.data.formats import FORMATS
 from molora.initialisers import INITIALISERS
 from molora.interop.importers import IMPORTERS
+from molora.layers.banks import BANKS
 from molora.penalties import PENALTIES
 from molora.recipes import RECIPES
 from molora.routers import BALANCES, GATES, ROUTERS
 from tests.support.places import ROOT
 
 TABLES: tuple[dict[str, Any], ...] = (
-    BALANCES, FORMATS, GATES, IMPORTERS, INITIALISERS, PENALTIES, RECIPES, ROUTERS,
+    BALANCES, BANKS, FORMATS, GATES, IMPORTERS, INITIALISERS, PENALTIES, RECIPES, ROUTERS,
 )  # fmt: skip
 FILES = sorted(path for path in (ROOT / "tests" / "support" / "added").glob("[a-z]*.py"))
 

@@ -22,6 +22,7 @@ import molora
 from molora.config import GateConfig, MoloraConfig, Placement
 from molora.errors import ConfigError, MoloraError
 from molora.initialisers import INITIALISERS
+from molora.layers.banks import BANKS
 from molora.penalties import PENALTIES
 from molora.routers import BALANCES, GATES, ROUTERS
 from tests.support import tiny
@@ -65,6 +66,7 @@ TABLES: dict[str, tuple[dict[str, Any], Callable[[str], Placement]]] = {
     "gate": (GATES, lambda name: PLAIN.replace(gate=GATES[name].tiny())),
     "balance": (BALANCES, lambda name: PLAIN.replace(balance=(BALANCES[name].tiny(),))),
     "penalty": (PENALTIES, lambda name: PLAIN.replace(penalties=(PENALTIES[name].tiny(),))),
+    "bank": (BANKS, lambda name: PLAIN.replace(bank=name, **BANKS[name].tiny())),
     "initialiser": (INITIALISERS, lambda name: PLAIN.replace(init_lora_weights=name)),
 }
 

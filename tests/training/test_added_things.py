@@ -59,7 +59,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "global_batch_size": 4,
         "max_steps": 3,
         "optim": "sgd",
-        "learning_rate": 0.5,
+        "learning_rate": 0.1,
         "max_grad_norm": 0.0,
         "logging_steps": 1,
         "save_steps": 3,
@@ -110,10 +110,9 @@ def test_a_reload_is_what_was_trained_and_every_thing_learned(workplace: Path) -
         assert (placement.router.kind, placement.gate.kind) == ("cosine", "threshold")
         assert placement.router.sharpness == 3.0
         fresh = dict(molora.convert(base(workplace), loaded._molora.config, seed=42).named_parameters())
-        moved = {
-            n.rpartition(".")[2] for n, p in loaded.named_parameters() if p.requires_grad and (p != fresh[n]).any()
-        }
-        assert moved == {"lora_A", "lora_B", "weight", "offset", "sharpness", "more"}
+        trained = {n: p for n, p in loaded.named_parameters() if p.requires_grad}
+        moved = {n.rpartition(".")[2] for n, p in trained.items() if not torch.equal(p, fresh[n])}
+        assert moved == {"lora_A", "lora_B", "weight", "offset", "sharpness", "more", "diagonal"}
         again = workplace / "again"
         loaded.save_pretrained(again)
         assert_same(dict(molora.load(base(workplace), again).state_dict()), dict(loaded.state_dict()))
@@ -122,7 +121,8 @@ def test_a_reload_is_what_was_trained_and_every_thing_learned(workplace: Path) -
 def test_the_command_line_knows_them(workplace: Path) -> None:
     shown = drive(workplace, "driver.py", "info", "whole", log="info")
     assert "sharpness" in shown, (workplace / "info.log").read_text()[-2000:]
-    drive(workplace, "driver.py", "train", "--config", "run.yaml", "--options.sharpnes", "2", log="wrong")
+    wrong = ["--options.sharpnes", "2", *WAYS["alone"][1]]
+    drive(workplace, "driver.py", "train", "--config", "run.yaml", *wrong, log="wrong")
     assert "unknown option 'sharpnes'; did you mean 'sharpness'?" in (workplace / "wrong.log").read_text()
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from molora.config.site import SiteConfig
-from molora.layers.banks.plain import ExpertBank
+from molora.layers.banks import bank_class, banks_of, banks_on, words_of
 from molora.layers.linear import MixtureLinear
 from molora.layers.mixture import HEAD
 from molora.layers.routed import RoutedModule
@@ -54,12 +54,10 @@ def _adapter_parameters(model: nn.Module) -> dict[int, tuple[str, nn.Parameter]]
         found.update((id(p), (kind, p)) for p in parameters)
 
     for _, module in sites_of(model).values():
-        bank = getattr(module, "bank", None)
-        if bank is not None:
-            add("A", [bank.lora_A])
-            add("B", [bank.lora_B])
-            if bank.takes_back:
-                add("frozen ranks", [bank.frozen_A, bank.frozen_B])
+        words = words_of(module.site)
+        for place, bank in banks_of(module).items():
+            for name, p in bank.named_parameters():
+                add(words[f"{place}.{name}"], [p])
         if module.router is not None:
             add("router", module.router.parameters())
     head = getattr(model, HEAD, None)
@@ -72,11 +70,12 @@ def _adapter_parameters(model: nn.Module) -> dict[int, tuple[str, nn.Parameter]]
 
 
 def kinds_of(model: nn.Module) -> tuple[Kind, ...]:
-    """Parameters by kind: the frozen base, A, B, the ranks that take a start back, routers, and modules trained whole;
+    """Parameters by kind: the frozen base, those of banks in the banks' own words, routers, and modules trained whole;
     kinds without any are left out.
     """
     added = _adapter_parameters(model)
-    kinds = ("base", "A", "B", "frozen ranks", "router", "modules to save")
+    last = ("router", "modules to save")
+    kinds = ("base", *(k for k in dict.fromkeys(k for k, _ in added.values()) if k not in last), *last)
     members: dict[str, list[nn.Parameter]] = {k: [] for k in kinds}
     for p in model.parameters():
         members[added[id(p)][0] if id(p) in added else "base"].append(p)
@@ -147,20 +146,31 @@ def activation_widths(model: nn.Module) -> Activations:
         key_value=(getattr(text, "num_key_value_heads", None) or heads) * head,
         middle=(getattr(text, "intermediate_size", None) or 4 * text.hidden_size) * max(units, default=1),
         vocabulary=text.vocab_size,
-        ranks=sum(sum(m.site.packed_ranks()) * seen(m) for m in routed),
+        ranks=sum(_ranks(m.site) * seen(m) for m in routed),
         routed=sum(s.in_features for s in routers),
         logits=sum(s.num_experts for s in routers),
         dropped=sum(m.site.in_features * seen(m) for m in routed if m.placement.lora_dropout and m.site.ranks),
         item=_item(model),
-        packed=sum(_copied(m.bank) for m in routed if isinstance(m, MixtureLinear) and m.bank is not None),
+        packed=sum(_copied(m) for m in routed),
         stacked=sum(stacks),
         largest_stack=max(stacks, default=0),
     )
 
 
-def _copied(bank: ExpertBank) -> int:
-    """Bytes of A and B side by side with their frozen ranks, which a forward makes and keeps."""
-    return 2 * _bytes([bank.lora_A, bank.lora_B]) if bank.takes_back else 0
+def _ranks(site: SiteConfig) -> int:
+    """Ranks that a token is multiplied with, of all banks."""
+    return sum(sum(bank_class(own).packed_ranks(own)) for own in banks_on(site).values())
+
+
+def _copied(m: RoutedModule) -> int:
+    """Bytes of A and B that a forward makes and keeps: a bank's that packs them, and of several banks side by side."""
+    banks = banks_of(m)
+    if not banks:
+        return 0
+    item = next(p.element_size() for bank in banks.values() for p in bank.parameters())
+    several = isinstance(m, MixtureLinear) and m.always is not None and m.one_product
+    joined = _ranks(m.site) * (m.site.in_features + m.site.out_features) if several else 0
+    return item * (joined + sum(bank_class(own).copied(own) for own in banks_on(m.site).values()))
 
 
 def dispatched(model: nn.Module) -> int:
@@ -190,7 +200,7 @@ def site_groups(model: nn.Module) -> tuple[SiteGroup, ...]:
             sites=len(members),
             routers=sum(m.router is not None and not m.always_on for m in members),
             experts=_values(m.site.num_experts for m in members),
-            ranks=_values(sum(m.site.expert_ranks()) for m in members),
+            ranks=_values(m.site.total_rank() + sum(b.r for b in m.site.banks) for m in members),
             choices=_values(m.site.top_k for m in members if m.site.top_k is not None),
         )
         for (_, role), members in sorted(groups.items(), key=lambda item: item[0][0])
