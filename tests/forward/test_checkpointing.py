@@ -15,10 +15,9 @@ import molora
 from molora.errors import ConfigError, MoloraError
 from tests.support import behaviours, tiny
 from tests.support.behaviours import each_recipe, matrix
+from tests.support.traits import traits
 
 KWARGS = {"use_reentrant": False}
-# Recipes whose sites need nothing from outside of the layer, so that any checkpointing is right for them.
-CONTEXT_FREE = ("lora",)
 
 
 def padded_batch(name: str, seed: int = 0) -> dict[str, Tensor]:
@@ -137,7 +136,7 @@ def test_re_entrant_is_refused_where_it_would_be_wrong(recipe: str, name: str) -
     early = tiny.base_model(name)
     early.gradient_checkpointing_enable(**wrong)
     before = behaviours.snapshot(early)
-    if recipe in CONTEXT_FREE:
+    if not traits(recipe).refuses_re_entrant:  # its sites need nothing from outside of the layer
         inputs = padded_batch(name)
         wanted = checked(model, inputs)
         model.gradient_checkpointing_enable(**wrong)
@@ -179,7 +178,7 @@ def test_a_foreign_checkpoint_function_raises_or_is_right(recipe: str, name: str
     wanted = checked(model, inputs)
     layers = tuple(model.model.layers)
     apply_activation_checkpointing(model, check_fn=lambda m: m in layers)
-    if recipe in (*CONTEXT_FREE, "smora"):  # a bias that was counted in the forward needs nothing in the recompute
+    if not traits(recipe).needs_frame_again:  # a bias that was counted in the forward needs nothing in the recompute
         loss, grads, runs = checked(model, inputs)
         assert runs == 2
         assert torch.equal(loss, wanted[0])

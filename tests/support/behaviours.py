@@ -18,12 +18,10 @@ from molora.layers.banks.plain import ExpertBank
 from molora.layers.routed import RoutedModule
 from molora.routers import HiddenRouter, LinearRouter
 from tests.support import tiny
+from tests.support.traits import traits
 
 PAIRS = [(r, n) for r in tiny.RECIPES for n in tiny.BUILDERS if (r, n) not in tiny.REFUSED]
 CAUSAL_PAIRS = [(r, n) for r, n in PAIRS if n in tiny.CAUSAL]
-# Recipes whose unit mixes whole feed-forward blocks: equal to the base only to rounding.
-FFN_UNIT = ("mixlora",)
-BALANCED = ("mixlora", "mola", "llava_mole", "meteora")  # with an auxiliary loss (MeteoRA's needs task ids)
 
 
 def over(pairs: list[tuple[str, str]]) -> Any:
@@ -129,9 +127,9 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def loss_of(model: nn.Module, inputs: dict[str, Tensor], **more: Any) -> Tensor:
-    """The loss of a training forward, with task ids for the recipe that learns from them."""
+    """The loss of a training forward, with task ids for a mixture that learns from them."""
     rows = next(iter(inputs.values())).shape[0]
-    task_ids = torch.arange(rows) % 3 if model._molora.config.recipe == "meteora" else None  # type: ignore[union-attr]
+    task_ids = torch.arange(rows) % 3 if traits(model).needs_tasks else None
     if "pixel_values" in inputs and "input_ids" in inputs:
         more = {"return_loss": True, **more}  # two towers, a contrastive loss without labels
     return model(**inputs, task_ids=task_ids, **more).loss
