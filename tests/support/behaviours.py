@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from molora.config import MoloraConfig
 from molora.layers.banks.plain import ExpertBank
 from molora.layers.routed import RoutedModule
 from molora.routers import HiddenRouter, LinearRouter
@@ -87,6 +88,11 @@ def fresh(recipe: str, name: str, dtype: torch.dtype = torch.float32) -> Any:
 def options(recipe: str, name: str, **more: Any) -> dict[str, Any]:
     """Options of the small version of ``recipe`` on ``name``, with the ready-made adapters it needs."""
     return tiny.options(recipe, name, _root(), **more)
+
+
+def config(recipe: str, name: str, **more: Any) -> MoloraConfig:
+    """The config of the small version of ``recipe`` on ``name``, with the ready-made adapters it needs."""
+    return tiny.config(recipe, name, _root(), **more)
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
