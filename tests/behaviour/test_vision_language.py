@@ -13,10 +13,11 @@ import transformers as tf
 import molora
 from molora.errors import TargetError
 from molora.surgery.install import sites_of
-from tests.support.tiny import GQA, IMPORTING, SMALL, VISION, arm
+from tests.support.tiny import GQA, SMALL, VISION, arm
+from tests.support.traits import having
 
 IMAGE = 60
-RECIPES = [r for r in molora.RECIPES if r not in IMPORTING]
+RECIPES = having(lambda t: not t.imported)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from molora.recipes import RECIPES
 from molora.routers import BALANCES, ROUTERS
 from molora.routers.balance import Switch
 
-__all__ = ["ADAPTERS", "Traits", "changed", "having", "small", "takes", "traits"]
+__all__ = ["ADAPTERS", "Traits", "changed", "having", "small", "still", "strong", "takes", "traits", "with_rules"]
 
 ADAPTERS = ("0", "lora_1", "math")  # names of the ready-made adapters in tests; PEFT stumbles over such names
 
@@ -137,7 +137,9 @@ class Traits:
         plain = [
             b
             for b in self.losses
-            if BALANCES[b.kind] is Switch and (b.pooling, b.factor, b.reduction) == ("router", "experts", "mean")
+            if BALANCES[b.kind] is Switch
+            and (b.pooling, b.factor, b.reduction) == ("router", "experts", "mean")
+            and b.count in ("argmax", "picks")
         ]
         return plain[0] if len(plain) == len(self.rules) == 1 and plain[0].mask_padding else None
 
@@ -196,6 +198,26 @@ def changed(config: MoloraConfig, change: Callable[[Placement], Placement]) -> M
     """The config with ``change`` made of each placement whose router chooses."""
     own = Traits(config).choosing
     return config.replace(placements=tuple(change(p) if p in own else p for p in config.placements))
+
+
+def with_rules(config: MoloraConfig, change: Callable[[BalanceConfig], BalanceConfig]) -> MoloraConfig:
+    """The config with ``change`` made of each balance rule."""
+    return changed(config, lambda p: p.replace(balance=tuple(change(b) for b in p.balance)))
+
+
+def strong(config: MoloraConfig) -> MoloraConfig:
+    """The config with losses for balance at a coefficient of 1, at which a wrong one shows."""
+
+    def weigh(b: BalanceConfig) -> BalanceConfig:
+        rule = BALANCES[b.kind]
+        return b.replace(coef=1.0) if b.coef > 0 and rule.measures_balance and not rule.needs_tasks else b
+
+    return with_rules(config, weigh)
+
+
+def still(config: MoloraConfig) -> MoloraConfig:
+    """The config with biases that do not move: they move in whole steps, so that rounding could show."""
+    return with_rules(config, lambda b: b.replace(rate=0.0) if BALANCES[b.kind].steers else b)
 
 
 def _sums_to_one(gate: GateConfig) -> bool:
