@@ -137,7 +137,8 @@ def test_initial_weights_depend_on_the_seed_alone(recipe: str, name: str) -> Non
 def test_another_seed_gives_other_weights(recipe: str, name: str) -> None:
     first = trainable(behaviours.shared_fresh(recipe, name))
     other = trainable(molora.convert(tiny.base_model(name), recipe, seed=1, **behaviours.options(recipe, name)))
-    same = [n for n in first if torch.equal(first[n], other[n]) and not n.endswith("lora_B")]
+    drawn = [n for n in first if not n.endswith("lora_B") and not (traits(recipe).imported and ".bank." in n)]
+    same = [n for n in drawn if torch.equal(first[n], other[n])]
     assert not same
 
 

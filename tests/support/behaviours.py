@@ -163,7 +163,10 @@ def sites(model: nn.Module) -> Iterator[tuple[str, RoutedModule]]:
 
 
 def force_experts(model: nn.Module, experts: list[int]) -> list[Any]:
-    """Hooks that make every router prefer ``experts``; the handles, to take them off again."""
+    """Hooks that make every router prefer ``experts``; the handles, to take them off again.
+
+    Of a bias that steers the choice, these experts get the largest values.
+    """
 
     def prefer(module: nn.Module, args: Any, logits: Tensor) -> Tensor:
         push = torch.full(logits.shape[-1:], -50.0)
@@ -172,4 +175,7 @@ def force_experts(model: nn.Module, experts: list[int]) -> list[Any]:
 
     routers = [m for n, m in model.named_modules() if n.endswith("router") and not isinstance(m, RoutedModule)]
     assert routers
+    for bias_E in (r.select_bias for r in routers if getattr(r, "select_bias", None) is not None):
+        others = [e for e in range(len(bias_E)) if e not in experts]
+        bias_E[[*experts, *others]] = bias_E.sort(descending=True).values
     return [r.register_forward_hook(prefer) for r in routers]

@@ -14,7 +14,7 @@ from tests.support import tiny
 from tests.support.tiny import ADAPTER_RANKS
 from tests.support.traits import Traits
 
-__all__ = ["FFN", "HIDDEN", "LAYERS", "linears", "parts", "trained"]
+__all__ = ["FFN", "HIDDEN", "LAYERS", "linears", "parts", "placed", "trained"]
 
 LAYERS, HIDDEN = 2, 32  # of every model of BUILDERS, a T5's encoder and decoder each
 # The linears of each tiny model's feed-forward block, in the order they run: the tests may name them, the code may not.
@@ -73,17 +73,21 @@ def _head(p: Placement, experts: int, sites: int) -> dict[str, int]:
     return out
 
 
+def placed(config: MoloraConfig, name: str) -> dict[str, Placement]:
+    """The placement of each linear of the tiny model ``name`` that has one."""
+    ffn, _ = parts(name)
+    by_select = {p.select: p for p in config.placements}
+    found = {path: by_select.get("all") or by_select.get("ffn" if path in ffn else "rest") for path in linears(name)}
+    return {path: p for path, p in found.items() if p is not None}
+
+
 def trained(config: MoloraConfig, name: str) -> dict[str, int]:
     """Trainable parameters by name and size, on every linear of the layers of the tiny model ``name``."""
     out: dict[str, int] = {}
-    ffn, lead = parts(name)
-    choosing, by_select = Traits(config).choosing, {p.select: p for p in config.placements}
-    adapted = 0
-    for path, (d_in, d_out) in linears(name).items():
-        p = by_select.get("all") or by_select.get("ffn" if path in ffn else "rest")
-        if p is None:
-            continue
-        adapted += 1
+    _, lead = parts(name)
+    choosing, adapted, widths = Traits(config).choosing, placed(config, name), linears(name)
+    for path, p in adapted.items():
+        d_in, d_out = widths[path]
         r, experts = _at(p.r, layer_of(path)), _at(p.num_experts, layer_of(path))
         ranks = r if p.rank_one else r * experts
         if p.rank_one:
@@ -98,5 +102,5 @@ def trained(config: MoloraConfig, name: str) -> dict[str, int]:
     for p in choosing:
         if p.router.scope == "model":
             experts = len(ADAPTER_RANKS) if p.imported else _at(p.num_experts, 0)
-            out |= {f"molora_router.layers.{n}": size for n, size in _head(p, experts, adapted).items()}
+            out |= {f"molora_router.layers.{n}": size for n, size in _head(p, experts, len(adapted)).items()}
     return out
