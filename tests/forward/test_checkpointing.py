@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -88,14 +89,20 @@ WAYS: dict[str, Callable[[Any], None]] = {
 }
 
 
+@functools.cache
+def without_checkpointing(recipe: str, name: str) -> tuple[Tensor, dict[str, Tensor], int]:
+    """The step with dropout on the experts' input that every way is compared with."""
+    options = behaviours.options(recipe, name, lora_dropout=0.2)
+    return checked(tiny.arm(molora.convert(tiny.base_model(name), recipe, **options)), padded_batch(name))
+
+
 @each_recipe
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_switch_it_on(recipe: str, name: str, way: str, when: str) -> None:
     """Before and after the conversion; with dropout on the experts' input."""
     options = behaviours.options(recipe, name, lora_dropout=0.2)
-    inputs = padded_batch(name)
-    wanted = checked(tiny.arm(molora.convert(tiny.base_model(name), recipe, **options)), inputs)
+    inputs, wanted = padded_batch(name), without_checkpointing(recipe, name)
     model = tiny.base_model(name, trainable=True)
     if when == "before":
         WAYS[way](model)
