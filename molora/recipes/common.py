@@ -115,10 +115,15 @@ def folders(name: str, adapters: Mapping[str, str | os.PathLike[str]] | None) ->
     return tuple((k, os.fspath(v)) for k, v in adapters.items())
 
 
-def recipe(*, released: Mapping[str, Any] | None = None, **defaults: Any) -> Callable[[Recipe], Recipe]:
+def recipe(
+    *, released: Mapping[str, Any] | None = None, tiny: Mapping[str, Any] | None = None, **defaults: Any
+) -> Callable[[Recipe], Recipe]:
     """Give a recipe the common options, with ``defaults`` of its own, and check options: names, types, then values.
 
     ``released`` holds what released code uses instead of the paper's values; it applies to options not given.
+    ``tiny``, an attribute of the result, holds the options of a smallest config in which nothing is trivially right:
+    several experts, more than one chosen where the method chooses several. The tests run every recipe of ``RECIPES``
+    with them. Folders of ready-made adapters are left out; whoever uses the options gives ``adapters``.
     """
 
     def decorate(function: Recipe) -> Recipe:
@@ -142,6 +147,7 @@ def recipe(*, released: Mapping[str, Any] | None = None, **defaults: Any) -> Cal
             return config
 
         build.__signature__ = inspect.Signature(params)  # type: ignore[attr-defined]
+        build.tiny = dict(tiny or {})  # type: ignore[attr-defined]
         return build
 
     return decorate

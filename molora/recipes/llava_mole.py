@@ -9,7 +9,7 @@ from molora.recipes.common import Common, recipe
 __all__ = ["llava_mole"]
 
 
-@recipe(r=32, lora_alpha=64, released={"hard_weight": "one", "lora_dropout": 0.05})
+@recipe(r=32, lora_alpha=64, released={"hard_weight": "one", "lora_dropout": 0.05}, tiny={"r": 4, "lora_alpha": 8})
 def llava_mole(
     *,
     num_experts: PerLayer = 3,

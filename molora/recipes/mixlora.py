@@ -10,7 +10,12 @@ from molora.recipes.common import Common, recipe
 __all__ = ["mixlora"]
 
 
-@recipe(r=16, lora_alpha=32, released={"router_aux_loss_coef": 1e-3, "balance_scope": "batch"})
+@recipe(
+    r=16,
+    lora_alpha=32,
+    released={"router_aux_loss_coef": 1e-3, "balance_scope": "batch"},
+    tiny={"r": 4, "lora_alpha": 8, "num_experts": 4},
+)
 def mixlora(
     *,
     num_experts: PerLayer = 8,

@@ -14,7 +14,7 @@ ALLOCATIONS = {s: tuple(int(c) for c in s) for s in ("2468", "8642", "8228", "28
 DEFAULT = ALLOCATIONS["2468"]
 
 
-@recipe(released={"lora_dropout": 0.05, "balance_scope": "batch"})
+@recipe(released={"lora_dropout": 0.05, "balance_scope": "batch"}, tiny={"r": 4})
 def mola(
     *,
     num_experts: PerLayer | str = DEFAULT,

@@ -10,7 +10,7 @@ from molora.recipes.common import Common, recipe
 __all__ = ["smora"]
 
 
-@recipe(r=64, released={"bias_in_weight": True})
+@recipe(r=64, released={"bias_in_weight": True}, tiny={"r": 16, "top_k": 4, "bias_update": 1e-2})
 def smora(
     *,
     top_k: PerLayer = 8,

@@ -11,7 +11,7 @@ from molora.recipes.common import Common, folders, recipe
 __all__ = ["xlora"]
 
 
-@recipe(released={"layerwise_scalings": False})
+@recipe(released={"layerwise_scalings": False}, tiny={"xlora_depth": 2, "xlora_size": 16, "xlora_dropout_p": 0.0})
 def xlora(
     *,
     adapters: Mapping[str, str | os.PathLike[str]] | None = None,

@@ -15,6 +15,7 @@ from molora import context
 from molora.errors import ConfigError, MoloraError
 from tests.support.behaviours import armed, snapshot
 from tests.support.tiny import base_model, batch, converted, output
+from tests.support.traits import having, traits
 
 IDS = torch.arange(3, 13).view(2, 5)
 
@@ -114,7 +115,7 @@ def test_cache_that_went_on_without_the_adapter():
 # ---- dtypes ----
 
 
-@pytest.mark.parametrize("recipe", ["lora", "mixlora", "mola", "smora", "llava_mole", "xlora", "meteora"])
+@pytest.mark.parametrize("recipe", molora.RECIPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_without_autocast_works(recipe: str, dtype: torch.dtype, root: Path):
     """A half base with float32 experts needs no autocast: outputs in the base's dtype, gradients in the experts'."""
@@ -150,14 +151,14 @@ def test_methods():
         molora.record_routing(base_model("llama")).__enter__()
 
 
-@pytest.mark.parametrize("recipe", ["mixlora", "mola", "xlora"])
+@pytest.mark.parametrize("recipe", having(lambda t: t.needs_frame))
 def test_layers_called_outside_of_the_model(recipe: str, root: Path):
     """Where the context matters (a loss to collect, model-wide gates) a bare layer raises; it never falls back."""
     model = converted(recipe, "llama", root).train()
     layer, x = model.model.layers[0].mlp, torch.randn(1, 3, 32)
     with pytest.raises(MoloraError, match=r"(?s)outside of the converted model's forward.*activation checkpointing"):
         layer(x)
-    if recipe != "xlora":
+    if not traits(recipe).model_wide:
         layer.eval()
         assert layer(x).isfinite().all()
 

@@ -16,6 +16,7 @@ import molora
 from tests.support import behaviours, tiny
 from tests.support.behaviours import each_recipe
 from tests.support.tolerances import close
+from tests.support.traits import traits
 
 pytestmark = pytest.mark.slow
 
@@ -62,7 +63,7 @@ def test_eval(recipe: str, name: str) -> None:
 def step(model: Any, inputs: dict[str, Tensor], forward: Any) -> tuple[Tensor, dict[str, Tensor]]:
     model.train()
     model.zero_grad(set_to_none=True)
-    task = {"task_ids": torch.tensor([0, 2])} if model._molora.config.recipe == "meteora" else {}
+    task = {"task_ids": torch.tensor([0, 2])} if traits(model).needs_tasks else {}
     loss = forward(**inputs, **task, use_cache=False).loss
     loss.backward()
     return loss.detach(), behaviours.gradients(model)

@@ -13,6 +13,7 @@ import molora
 from tests.support import behaviours, tiny
 from tests.support.behaviours import each_recipe, matrix
 from tests.support.tolerances import close
+from tests.support.traits import traits
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 COMBINATIONS = list(itertools.product((FP32, BF16, FP16), (FP32, BF16), (False, True)))
@@ -47,7 +48,7 @@ def test_every_combination(recipe: str, name: str, base: torch.dtype, adapter: t
         m.bank.lora_B.data.mul_(0.3)
     cast(model, base, adapter)
     wide = cast(cast(copy.deepcopy(model), compute, compute), FP32, FP32)
-    for m in (model, wide) if recipe not in ("lora", "xlora") else ():
+    for m in (model, wide) if traits(recipe).picks else ():
         behaviours.force_experts(m, list(range(max(s.top_k or 0 for s in m._molora.sites))))
     expected = tiny.output(wide, inputs)
     with torch.autocast("cpu", BF16, enabled=autocast):
@@ -78,7 +79,7 @@ def test_routing_is_float32_whatever_the_rest_is(recipe: str, name: str, how: st
         r.register_forward_hook(lambda m, args, out: seen.append((m, args[0], out)))
     with torch.autocast("cpu", BF16, enabled=how == "autocast"), molora.record_routing(model) as tape:
         tiny.output(model, inputs)
-    assert (recipe == "lora") == (not seen)
+    assert traits(recipe).routes == bool(seen)
     for router, x, logits in seen:
         assert logits.dtype == FP32
         router._forward_hooks.clear()

@@ -3,21 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import molora
+from molora.config import Placement
 from molora.kernels.reference import Layout, gates_of
 from molora.layers.linear import MixtureLinear
-from molora.routers import HiddenRouter
-from tests.support.tiny import RECIPES, adapters, arm, base_model, batch, converted, options, output, write_adapter
+from molora.layers.routed import RoutedModule
+from molora.routers import FixedRouter, HiddenRouter, LinearRouter
+from tests.support.tiny import (
+    RECIPES,
+    adapters,
+    arm,
+    base_model,
+    batch,
+    config,
+    converted,
+    options,
+    output,
+    write_adapter,
+)
 from tests.support.tolerances import close
+from tests.support.traits import ADAPTERS, changed, having, traits
 
-MIXTURES = tuple(r for r in RECIPES if r != "lora")
+MIXTURES = having(lambda t: t.routes)
 TINY = ("llama", "gpt2")
+
+
+def backwards(experts: int) -> tuple[int, ...]:
+    return tuple(reversed(range(experts)))
 
 
 def permute(model: nn.Module) -> None:
@@ -36,7 +53,9 @@ def permute(model: nn.Module) -> None:
                     gates_of(Layout(m.bank.ranks, m.bank.scales, m.bank.expert_R, m.bank.scale_R))
                 )
             router = getattr(m, "router", None)
-            if isinstance(router, nn.Module):
+            if isinstance(router, nn.Module) and type(router) not in (LinearRouter, FixedRouter):
+                m.router = router.resized(backwards(router.num_experts), m.placement.router, m.placement.gate, 0.0)
+            elif isinstance(router, nn.Module):
                 for t in (*router.parameters(), *(b for n, b in router.named_buffers() if n == "select_bias")):
                     t.copy_(t.flip(0))
             if isinstance(m, HiddenRouter):
@@ -65,25 +84,29 @@ def make_equal(model: nn.Module) -> None:
                     m.bank.set_expert(e, A, B)
 
 
-EQUAL = {  # recipes whose weights sum to 1
-    "mixlora": {},
-    "mola": {},
-    "llava_mole": {"hard_weight": "ste"},
-    "xlora": {"top_k_lora": None},
-    "meteora": {},
-}
+def summing(p: Placement) -> Placement:
+    """The placement with weights that sum to 1."""
+    gate = p.gate.replace(capacity=None, top_p=None)
+    if gate.top_k is None:
+        gate = gate.replace(activation="softmax")
+    elif gate.renormalize not in ("one", "softmax"):
+        gate = gate.replace(hard_weight="ste") if gate.top_k == 1 else gate.replace(renormalize="one")
+    return p.replace(gate=gate)
 
 
-@pytest.mark.parametrize("recipe", EQUAL)
+@pytest.mark.parametrize("recipe", having(lambda t: t.routes and not t.rank_one))
 def test_equal_experts_are_one_lora(recipe: str, root: Path):
     """B5: the output does not depend on the router, and is that of plain LoRA with the expert's weights."""
-    own = dict(EQUAL[recipe])
-    if recipe in ("xlora", "meteora"):
+    own = {}
+    if traits(recipe).imported:
         same = {n: str(root / "equal" / n) for n in "abc"}
         for folder in same.values():
             write_adapter(Path(folder), "llama", r=4, seed=3)
         own["adapters"] = same
-    model = converted(recipe, "llama", root, **own)
+    whole = config(recipe, "llama", root, **own)
+    model = arm(molora.convert(base_model("llama"), changed(whole, summing)))
+    assert traits(model).sums_to_one
+    assert model._molora.config == whole or not traits(recipe).sums_to_one
     make_equal(model)
     inputs = batch("llama")
     first, routers = output(model, inputs), [p for n, p in model.named_parameters() if "router" in n]
@@ -91,9 +114,16 @@ def test_equal_experts_are_one_lora(recipe: str, root: Path):
     arm(model, seed=9)
     assert not any(torch.equal(a, b) for a, b in zip(routers, before, strict=True))
     close(output(model, inputs), first, "same_math_fp32")
-    placement = model._molora.config.placements[0]
-    r = 4 if placement.imported else placement.r
-    plain = molora.convert(base_model("llama"), "lora", r=r, lora_alpha=placement.lora_alpha)
+    sites = {s.path: model._molora.config.placements[s.placement] for s in model._molora.sites}
+    ranks = {path: 4 if p.imported else p.r for path, p in sites.items()}
+    plain = molora.convert(
+        base_model("llama"),
+        "lora",
+        target_modules=list(sites),
+        rank_pattern=ranks,
+        alpha_pattern={path: p.lora_alpha for path, p in sites.items()},
+        use_rslora=any(p.scale_by == "sqrt_r" for p in sites.values()),
+    )
     with torch.no_grad():
         for name, m in plain.named_modules():
             if isinstance(m, MixtureLinear):
@@ -117,26 +147,30 @@ def test_smora_with_equal_scores_is_lora_of_the_same_scale(root: Path):
     close(output(model, batch("llama")), output(plain, batch("llama")), "same_math_fp32")
 
 
-DENSE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "mixlora": ({"top_k": 4}, {"routing": "top_p", "top_p": 1.0}),
-    "xlora": ({"top_k_lora": 3}, {}),
-    "meteora": ({"top_k": 3}, {}),
-    "mola": ({"top_k": 4, "num_experts": 4}, {}),
-}
-
-
-@pytest.mark.parametrize("recipe", DENSE)
+@pytest.mark.parametrize("recipe", having(lambda t: t.is_dense_at_all))
 def test_choosing_all_is_dense(recipe: str, root: Path):
-    """B7: K = E is the router without selection."""
-    every, dense = (converted(recipe, "llama", root, **own) for own in DENSE[recipe])
-    if not DENSE[recipe][1]:  # no option names the dense router: take the choice away by hand
-        dense = converted(recipe, "llama", root, **DENSE[recipe][0])
-        for m in dense.modules():
-            if isinstance(m, MixtureLinear):
-                m.site = m.site.replace(top_k=None)
-            if isinstance(m, HiddenRouter):
-                m.gate_config = m.gate_config.replace(top_k=None)
+    """B7: K = E is the router without selection; of probabilities, also the choice until they reach 1."""
+
+    def choosing_all(p: Placement) -> Placement:
+        experts = p.r if p.rank_one else len(ADAPTERS) if p.imported else p.num_experts
+        most = max(experts) if isinstance(experts, tuple) else experts  # one number for all layers
+        own = {} if p.imported else {"r" if p.rank_one else "num_experts": most}
+        return p.replace(gate=p.gate.replace(top_k=most, top_p=None, capacity=None, hard_weight="prob"), **own)
+
+    def until_all(p: Placement) -> Placement:
+        return p.replace(gate=p.gate.replace(top_k=None, top_p=1.0, renormalize="none"))
+
+    own = changed(config(recipe, "llama", root), choosing_all)
+    every, dense = (arm(molora.convert(base_model("llama"), own)) for _ in range(2))
+    for m in dense.modules():  # take the choice away
+        if isinstance(m, RoutedModule):
+            m.site = m.site.replace(top_k=None)
+        if isinstance(m, HiddenRouter):
+            m.gate_config = m.gate_config.replace(top_k=None)
     close(output(every, batch("llama")), output(dense, batch("llama")), "same_math_fp32")
+    if all(p.gate.activation == "softmax" for p in traits(own).choosing) and not traits(own).steers:
+        nucleus = arm(molora.convert(base_model("llama"), changed(own, until_all)))
+        close(output(every, batch("llama")), output(nucleus, batch("llama")), "same_math_fp32")
 
 
 @pytest.mark.parametrize("recipe", MIXTURES)
@@ -146,9 +180,9 @@ def test_order_of_rows_and_tokens(recipe: str, root: Path):
     order = torch.tensor([2, 0, 1])
     shuffled = {k: v[order] for k, v in inputs.items()}
     close(output(model, shuffled), output(model, inputs)[order], "same_math_fp32")
-    if recipe == "xlora":
-        return  # its gates come from the whole model
-    layer = model.get_submodule("model.layers.0.mlp" if recipe == "mixlora" else "model.layers.0.self_attn.q_proj")
+    if traits(recipe).model_wide or traits(recipe).couples_tokens:
+        return  # the gates come from the whole model, or depend on the tokens before
+    layer = model.get_submodule(f"model.layers.0.{'mlp' if traits(recipe).in_blocks else 'self_attn.q_proj'}")
     x = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(1))
     mixed = torch.randperm(7, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -164,12 +198,12 @@ def test_disabled_is_the_base(recipe: str, root: Path):
     assert not torch.allclose(output(model, inputs), base, atol=1e-3)
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if r not in ("xlora", "meteora")])
+@pytest.mark.parametrize("recipe", having(lambda t: t.starts_as_base))
 def test_fresh_is_the_base(recipe: str, root: Path):
     """B = 0: bit for bit with linear units, to rounding where whole blocks are mixed."""
     model, inputs = converted(recipe, "llama", root, armed=False), batch("llama")
     got, base = output(model, inputs), output(base_model("llama"), inputs)
-    if recipe == "mixlora":
+    if traits(recipe).mixes_blocks:
         close(got, base, "identity_ffn_fp32")
     else:
         assert torch.equal(got, base)

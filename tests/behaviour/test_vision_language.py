@@ -13,10 +13,13 @@ import transformers as tf
 import molora
 from molora.errors import TargetError
 from molora.surgery.install import sites_of
-from tests.support.tiny import GQA, IMPORTING, SMALL, VISION, arm
+from tests.support import sizes
+from tests.support.tiny import GQA, SMALL, VISION, arm
+from tests.support.traits import having, traits
 
 IMAGE = 60
-RECIPES = [r for r in molora.RECIPES if r not in IMPORTING]
+GREEDY = {"max_new_tokens": 5, "do_sample": False, "suppress_tokens": [IMAGE]}
+RECIPES = having(lambda t: not t.imported)
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +43,13 @@ def batch() -> dict[str, torch.Tensor]:
 def test_experts_sit_on_the_language_stack(recipe: str, llava: Any, tmp_path: Path):
     model = arm(molora.convert(copy.deepcopy(llava), recipe, **SMALL[recipe]))
     assert all("vision" not in path and "projector" not in path for path in sites_of(model))
-    assert len(sites_of(model)) == 14
+    assert len(sites_of(model)) == len(sizes.placed(traits(recipe).config, "llama"))
     model.train()
     model(**batch()).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     model.eval()
     prompt = {k: v for k, v in batch().items() if k != "labels"}
-    cached, plain = (model.generate(**prompt, max_new_tokens=5, do_sample=False, use_cache=c) for c in (True, False))
+    cached, plain = (model.generate(**prompt, **GREEDY, use_cache=c) for c in (True, False))
     assert torch.equal(cached, plain)
     model.save_pretrained(tmp_path)
     loaded = molora.load(copy.deepcopy(llava), tmp_path)

@@ -17,7 +17,7 @@ import molora
 from molora.data.examples import IGNORED, Collator, Example
 from molora.data.packing import check_packing, pack
 from molora.errors import ConfigError
-from tests.support.tiny import CAUSAL, base_model, converted
+from tests.support.tiny import CAUSAL, RECIPES, base_model, converted
 from tests.support.tolerances import close
 
 LORA = molora.recipes.lora()
@@ -87,7 +87,7 @@ def test_a_packed_row_has_the_losses_of_its_texts(name: str, attention: str) -> 
     check_packing(model, LORA)
 
 
-@pytest.mark.parametrize("recipe", ["lora", "mola", "mixlora", "smora", "xlora"])
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_mixtures_pack_like_their_base(recipe: str, root: Path) -> None:
     model = converted(recipe, "llama", root)
     rows = texts(7, 5, 9)

@@ -26,6 +26,7 @@ from tests.support import behaviours, tiny
 from tests.support.edited import MIXTURES, VARIANTS, equal_experts, everywhere, under, without
 from tests.support.recorded import padded
 from tests.support.tolerances import close
+from tests.support.traits import having, traits
 
 PAIRS = behaviours.over([(r, n) for r, n in behaviours.PAIRS if r in MIXTURES])
 variants = pytest.mark.parametrize("variant", VARIANTS)
@@ -50,12 +51,13 @@ def test_uniform_on_equal_experts_changes_nothing_in_any_form(variant: str, tmp_
     model = behaviours.armed(recipe, "llama", **more)
     plain = tiny.output(model, inputs)
     same = [name for name, edit in EVERY.items() if torch.allclose(under(edit, model, inputs), plain, atol=1e-3)]
-    assert same == (["top-1"] if recipe == "llava_mole" or variant == "capacity" else [])
+    assert same == (["top-1"] if traits(model).picks_one else [])
 
 
-@behaviours.over(
-    [(r, n) for r in MIXTURES for n in ("llama", "gpt2", "t5") if r != "mixlora" and (r, n) in behaviours.PAIRS]
-)
+BY_LINEAR = having(lambda t: t.routes and not t.mixes_blocks)
+
+
+@behaviours.over([(r, n) for r in BY_LINEAR for n in ("llama", "gpt2", "t5") if (r, n) in behaviours.PAIRS])
 def test_a_lesion_of_a_linears_expert_is_its_B_at_zero(recipe: str, name: str) -> None:
     model, inputs = behaviours.armed(recipe, name), padded(name)
     inputs.pop("attention_mask")  # every token is real, as for the B that is zeroed
@@ -96,10 +98,6 @@ def test_a_block_mixes_the_edited_experts(name: str, route: str, edit: str) -> N
         close(y, by_hand(sites, act, x, tape[sites[0].site.path][0]), "same_math_fp32")
 
 
-KERNELS = {r: ("loop", "sorted", "gather") for r in ("mola", "smora", "meteora")}  # others have sites without a choice
-KERNELS |= dict.fromkeys(("mixlora", "llava_mole", "xlora"), ("loop",))
-
-
 @pytest.mark.parametrize("edit", EVERY)
 def test_rows_of_a_block_that_runs_once_a_choice(edit: str) -> None:
     """A block without a slot axis computes what one with it does, with as many rows as the edited routing has slots."""
@@ -123,7 +121,7 @@ def test_rows_of_a_block_that_runs_once_a_choice(edit: str) -> None:
 def test_every_kernel_takes_every_edit(edit: str, recipe: str) -> None:
     inputs = padded("llama")
     wanted = under(EVERY[edit], behaviours.shared(recipe, "llama"), inputs)
-    for kernel in KERNELS[recipe]:
+    for kernel in ("loop", "sorted", "gather") if traits(recipe).picks_everywhere else ("loop",):
         close(under(EVERY[edit], behaviours.armed(recipe, "llama", kernel=kernel), inputs), wanted, "same_math_fp32")
 
 

@@ -10,9 +10,10 @@ from molora.eval.counting.counter import routed_sites
 from molora.layers.linear import MixtureLinear
 from molora.surgery.install import sites_of
 from tests.support import behaviours, tiny
+from tests.support.traits import having
 
 
-@pytest.mark.parametrize("recipe", ["mixlora", "mola", "smora", "llava_mole", "xlora", "meteora"])
+@pytest.mark.parametrize("recipe", having(lambda t: t.routes))
 def test_a_silenced_expert_is_nothing_where_its_router_feeds_it_and_comes_back(recipe: str) -> None:
     model, inputs = behaviours.armed(recipe, "llama"), tiny.batch("llama", labels=False)
     before, plain = {k: v.clone() for k, v in model.state_dict().items()}, tiny.output(model, inputs)

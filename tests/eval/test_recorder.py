@@ -13,11 +13,10 @@ from molora.errors import ConfigError
 from molora.eval.counting.watch import collect_routing
 from tests.support import tiny
 from tests.support.recorded import agree, padded, slow_counts
+from tests.support.traits import having
 
-RECIPES = ("mixlora", "mola", "smora", "llava_mole", "xlora", "meteora")
 
-
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", having(lambda t: t.routes))
 def test_counts_are_those_of_a_loop_over_the_tape(recipe: str, tmp_path: Path) -> None:
     model, inputs = tiny.converted(recipe, "llama", tmp_path), padded("llama")
     before = tiny.output(model, inputs)

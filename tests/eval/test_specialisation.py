@@ -26,6 +26,7 @@ from molora.eval.counting.stats import RoutingStats, SiteInfo, merge
 from molora.eval.counting.summary import saturation_of, summary
 from tests.support import tiny
 from tests.support.recorded import BATCHES, stats_of
+from tests.support.traits import traits
 
 
 def test_balance_of_uniform_and_collapsed() -> None:
@@ -175,7 +176,7 @@ def test_the_summary_says_what_was_counted_in_the_same_bytes(recipe: str, tmp_pa
         assert sum(said["importance"][i]) == pytest.approx(1, abs=1e-4)
         assert said["tokens"][i] == 6 * 24
         assert 0 < said["mean_entropy"][i] <= said["entropy_of_mean"][i] + 1e-6 <= 1 + 2e-6
-        assert (said["coactivation"][i] is None) == (recipe == "xlora")
+        assert (said["coactivation"][i] is None) == (not traits(recipe).picks)
     assert len(said["samples"]) == 8 + 6 + 3
     assert len(said["samples"][0]["sites"]) == len(stats.sites)
 

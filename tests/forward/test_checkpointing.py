@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +16,9 @@ import molora
 from molora.errors import ConfigError, MoloraError
 from tests.support import behaviours, tiny
 from tests.support.behaviours import each_recipe, matrix
+from tests.support.traits import traits
 
 KWARGS = {"use_reentrant": False}
-# Recipes whose sites need nothing from outside of the layer, so that any checkpointing is right for them.
-CONTEXT_FREE = ("lora",)
 
 
 def padded_batch(name: str, seed: int = 0) -> dict[str, Tensor]:
@@ -89,14 +89,20 @@ WAYS: dict[str, Callable[[Any], None]] = {
 }
 
 
+@functools.cache
+def without_checkpointing(recipe: str, name: str) -> tuple[Tensor, dict[str, Tensor], int]:
+    """The step with dropout on the experts' input that every way is compared with."""
+    options = behaviours.options(recipe, name, lora_dropout=0.2)
+    return checked(tiny.arm(molora.convert(tiny.base_model(name), recipe, **options)), padded_batch(name))
+
+
 @each_recipe
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_to_switch_it_on(recipe: str, name: str, way: str, when: str) -> None:
     """Before and after the conversion; with dropout on the experts' input."""
     options = behaviours.options(recipe, name, lora_dropout=0.2)
-    inputs = padded_batch(name)
-    wanted = checked(tiny.arm(molora.convert(tiny.base_model(name), recipe, **options)), inputs)
+    inputs, wanted = padded_batch(name), without_checkpointing(recipe, name)
     model = tiny.base_model(name, trainable=True)
     if when == "before":
         WAYS[way](model)
@@ -137,7 +143,7 @@ def test_re_entrant_is_refused_where_it_would_be_wrong(recipe: str, name: str) -
     early = tiny.base_model(name)
     early.gradient_checkpointing_enable(**wrong)
     before = behaviours.snapshot(early)
-    if recipe in CONTEXT_FREE:
+    if not traits(recipe).refuses_re_entrant:  # its sites need nothing from outside of the layer
         inputs = padded_batch(name)
         wanted = checked(model, inputs)
         model.gradient_checkpointing_enable(**wrong)
@@ -179,7 +185,7 @@ def test_a_foreign_checkpoint_function_raises_or_is_right(recipe: str, name: str
     wanted = checked(model, inputs)
     layers = tuple(model.model.layers)
     apply_activation_checkpointing(model, check_fn=lambda m: m in layers)
-    if recipe in (*CONTEXT_FREE, "smora"):  # a bias that was counted in the forward needs nothing in the recompute
+    if not traits(recipe).needs_frame_again:  # a bias that was counted in the forward needs nothing in the recompute
         loss, grads, runs = checked(model, inputs)
         assert runs == 2
         assert torch.equal(loss, wanted[0])

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from molora.recipes import RECIPES
 from tests.support.house_rules import (
     ALSO_CHECKED,
     LENGTH_EXCEPTIONS,
+    RECIPE_NAMES_ALLOWED,
     ROOT,
     hiding_faults,
     imported,
@@ -18,7 +20,9 @@ from tests.support.house_rules import (
     length_faults,
     method_name_faults,
     module_name,
+    over_recipes,
     project_files,
+    recipe_faults,
 )
 
 FILES = project_files()
@@ -51,6 +55,16 @@ def test_no_import_cycles():
 def test_shared_code_names_no_method():
     faults = [fault for path in PACKAGE_FILES for fault in method_name_faults(path.as_posix(), read(path))]
     assert faults == []
+
+
+def test_tests_over_recipes_ask_for_traits():
+    """A new line of RECIPES is tested without a change of any test: none branches by a recipe's name."""
+    over = ("tests/behaviour/", "tests/support/")
+    tests = [p.as_posix() for p in FILES if p.parts[0] == "tests"]
+    tests = [p for p in tests if p.startswith(over) or over_recipes(read(Path(p)))]
+    assert len(tests) > 60
+    assert [fault for path in tests for fault in recipe_faults(path, read(Path(path)), RECIPES)] == []
+    assert [path for path in RECIPE_NAMES_ALLOWED if not recipe_faults("", read(Path(path)), RECIPES)] == []
 
 
 def test_imports_are_absolute():
@@ -141,6 +155,27 @@ def test_method_name_rule_allows_explanations():
     source = '"""As in MoLA, eq. 3."""\nx = 1  # mixlora does this\n"""Unlike mola."""'
     assert method_name_faults("molora/layers/banks/plain.py", source) == []
     assert method_name_faults("molora/recipes/mola.py", "def mola(): pass") == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "x = recipe == 'xlora'",
+        "if recipe not in ('lora', 'xlora'): pass",
+        "x = {'mola': 1}.get(recipe, 0)",
+        "@parametrize('recipe', ['lora', 'mixlora', 'mola', 'smora'])\ndef test(recipe): pass",
+    ],
+)
+def test_recipe_rule_catches(source: str):
+    assert len(recipe_faults("tests/behaviour/test_new.py", source, RECIPES)) == 1
+
+
+def test_recipe_rule_allows_examples_and_texts():
+    source = "x = [n for n in names if 'lora' in n]\nf('mola')\n@parametrize('recipe', ['lora', 'mola'])\ndef g(): 0"
+    assert recipe_faults("tests/behaviour/test_new.py", source, RECIPES) == []
+    assert over_recipes("@each_recipe\ndef test(recipe, name): pass")
+    assert over_recipes("tiny.RECIPES")
+    assert not over_recipes("convert(model, 'mola')")
 
 
 def test_hiding_rule_catches():

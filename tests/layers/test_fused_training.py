@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 import molora
 from molora.errors import ConfigError, MoloraError, TargetError
-from molora.recipes import RECIPES
 from molora.training.plan.counts import activation_widths, dispatched, kinds_of, site_groups
 from molora.training.trainer import Trainer
 from tests.support import behaviours, tiny
 from tests.support.families import base, inputs
+from tests.support.traits import having
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
 
@@ -46,7 +46,7 @@ def test_what_cannot_be_adapted_is_named(case: str) -> None:
     assert behaviours.snapshot(model) == before
 
 
-@pytest.mark.parametrize("recipe", [r for r in RECIPES if r != "lora"])
+@pytest.mark.parametrize("recipe", having(lambda t: not t.merges))
 def test_a_mixture_has_no_place_inside(recipe: str) -> None:
     more = {"adapters": {"a": "x", "b": "y"}} if recipe in tiny.IMPORTING else {}
     with pytest.raises(ConfigError, match="expected 'lora': the base's experts run as one function of their weights"):

@@ -23,6 +23,7 @@ from tests.layers.test_ffn import by_hand, silu_gated, toy
 from tests.support import tiny
 from tests.support.behaviours import options
 from tests.support.tolerances import close
+from tests.support.traits import having
 
 SHARED = AlwaysOn(name="shared", r=3, lora_alpha=6.0)
 ERROR = AlwaysOn(name="error", r=2, lora_alpha=1.0, bank="frozen_ranks")
@@ -61,7 +62,7 @@ def always_of(m: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("kernel", ["torch", "loop"])
-@pytest.mark.parametrize("recipe", ["lora", "mola", "smora", "llava_mole"])
+@pytest.mark.parametrize("recipe", having(lambda t: not t.imported and not t.mixes_blocks))
 def test_a_linear_is_the_loop_over_all_banks(recipe: str, kernel: str) -> None:
     """float64, outputs and the gradients of every bank; the router's are float32."""
     model = converted(recipe, kernel=kernel).double()

@@ -54,7 +54,7 @@ def test_two_processes_save_the_adapter_of_one(name: str, recipe: str, stage: in
 @pytest.mark.parametrize("recipe", peft_uses.RECIPES)
 def test_a_peft_model_trains_as_the_converted_model_does(recipe: str, alone: Path):
     """By hand, two steps of plain SGD on the model that ``convert`` makes."""
-    model = tiny.arm(molora.convert(tiny.base_model("llama"), recipe, **peft_uses.options(recipe))).train()
+    model = tiny.arm(molora.convert(tiny.base_model("llama"), peft_uses.config(recipe))).train()
     rows = peft_uses.data(model)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     N = sum(label != -100 for row in rows for label in row["labels"][1:])

@@ -20,6 +20,7 @@ from molora.surgery.install import sites_of
 from tests.support import behaviours, tiny, zero3_uses
 from tests.support.places import ROOT
 from tests.support.training_runs import SETTINGS, data
+from tests.support.traits import traits
 
 RECIPES = list(tiny.RECIPES)
 
@@ -56,7 +57,7 @@ def test_it_computes_generates_and_learns_as_the_converted_model(recipe: str, wh
     ids = inputs["input_ids"]
     texts = [m.generate(input_ids=ids, max_new_tokens=4, do_sample=False) for m in (model, wanted)]
     assert torch.equal(*texts)
-    labelled = inputs | ({"task_ids": torch.tensor([0, 2])} if recipe == "meteora" else {})
+    labelled = inputs | ({"task_ids": torch.tensor([0, 2])} if traits(recipe).needs_tasks else {})
     found = []
     for m in (model, wanted):
         torch.manual_seed(0)

@@ -18,6 +18,7 @@ from molora.errors import ConfigError, MoloraError
 from molora.training.sft import SFTTrainer
 from tests.support import tiny, tiny_text
 from tests.support.training_runs import logged, state
+from tests.support.traits import having
 from tests.training.test_other_trainers import QUIET, ROWS
 
 PAIRS = [{"prompt": "count one two", "chosen": " three", "rejected": " nine"}] * 8
@@ -47,7 +48,7 @@ def trainer(own: Any, settings: Any, model: Any, rows: Any, folder: Path, out: P
     return own(model, args=arguments, train_dataset=data, processing_class=tokenizer, **more)
 
 
-@pytest.mark.parametrize("recipe", ["lora", "mixlora", "mola", "smora", "llava_mole"])
+@pytest.mark.parametrize("recipe", having(lambda t: not t.imported))
 def test_moloras_sft_trainer_takes_a_peft_config(recipe: str, folder: Path, tmp_path: Path) -> None:
     """It trains what ``convert`` would make of the same options, balance loss included."""
     runs = [

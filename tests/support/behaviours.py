@@ -14,16 +14,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from molora.config import MoloraConfig
 from molora.layers.banks.plain import ExpertBank
 from molora.layers.routed import RoutedModule
 from molora.routers import HiddenRouter, LinearRouter
 from tests.support import tiny
+from tests.support.traits import traits
 
 PAIRS = [(r, n) for r in tiny.RECIPES for n in tiny.BUILDERS if (r, n) not in tiny.REFUSED]
 CAUSAL_PAIRS = [(r, n) for r, n in PAIRS if n in tiny.CAUSAL]
-# Recipes whose unit mixes whole feed-forward blocks: equal to the base only to rounding.
-FFN_UNIT = ("mixlora",)
-BALANCED = ("mixlora", "mola", "llava_mole", "meteora")  # with an auxiliary loss (MeteoRA's needs task ids)
 
 
 def over(pairs: list[tuple[str, str]]) -> Any:
@@ -91,6 +90,11 @@ def options(recipe: str, name: str, **more: Any) -> dict[str, Any]:
     return tiny.options(recipe, name, _root(), **more)
 
 
+def config(recipe: str, name: str, **more: Any) -> MoloraConfig:
+    """The config of the small version of ``recipe`` on ``name``, with the ready-made adapters it needs."""
+    return tiny.config(recipe, name, _root(), **more)
+
+
 def digest(tensors: dict[str, Tensor]) -> str:
     """sha256 over names, dtypes, shapes and bits."""
     out = hashlib.sha256()
@@ -129,9 +133,9 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def loss_of(model: nn.Module, inputs: dict[str, Tensor], **more: Any) -> Tensor:
-    """The loss of a training forward, with task ids for the recipe that learns from them."""
+    """The loss of a training forward, with task ids for a mixture that learns from them."""
     rows = next(iter(inputs.values())).shape[0]
-    task_ids = torch.arange(rows) % 3 if model._molora.config.recipe == "meteora" else None  # type: ignore[union-attr]
+    task_ids = torch.arange(rows) % 3 if traits(model).needs_tasks else None
     if "pixel_values" in inputs and "input_ids" in inputs:
         more = {"return_loss": True, **more}  # two towers, a contrastive loss without labels
     return model(**inputs, task_ids=task_ids, **more).loss
@@ -159,7 +163,10 @@ def sites(model: nn.Module) -> Iterator[tuple[str, RoutedModule]]:
 
 
 def force_experts(model: nn.Module, experts: list[int]) -> list[Any]:
-    """Hooks that make every router prefer ``experts``; the handles, to take them off again."""
+    """Hooks that make every router prefer ``experts``; the handles, to take them off again.
+
+    Of a bias that steers the choice, these experts get the largest values.
+    """
 
     def prefer(module: nn.Module, args: Any, logits: Tensor) -> Tensor:
         push = torch.full(logits.shape[-1:], -50.0)
@@ -168,4 +175,7 @@ def force_experts(model: nn.Module, experts: list[int]) -> list[Any]:
 
     routers = [m for n, m in model.named_modules() if n.endswith("router") and not isinstance(m, RoutedModule)]
     assert routers
+    for bias_E in (r.select_bias for r in routers if getattr(r, "select_bias", None) is not None):
+        others = [e for e in range(len(bias_E)) if e not in experts]
+        bias_E[[*experts, *others]] = bias_E.sort(descending=True).values
     return [r.register_forward_hook(prefer) for r in routers]

@@ -10,6 +10,7 @@ from molora.eval.counting.experts import expert_report
 from molora.eval.counting.summary import summary
 from molora.eval.counting.watch import collect_routing
 from tests.support import tiny
+from tests.support.traits import traits
 
 # Names and tokens as they come from users' folders and from byte-level tokenizers.
 HOSTILE = "<script>alert('1')</script> & \"quotes\" {{ 7 * 7 }}"
@@ -118,7 +119,7 @@ def document(
             "settings": {"seed": seed, "max_length": 128},
             "versions": {"molora": "0.1.0", "python": "3.11.7"},
         },
-        "expert_names": list(tiny.adapters(root, base)) if recipe in tiny.IMPORTING else None,
+        "expert_names": list(tiny.adapters(root, base)) if traits(recipe).imported else None,
         "tokens": token_texts(),
         "routing": summary(stats, seed, 50, 50),
         "experts": expert_report(model, first=4),

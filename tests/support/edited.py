@@ -14,9 +14,10 @@ from molora.eval.ablation.edits import GATES, Edit, Scene
 from molora.layers.linear import MixtureLinear
 from molora.routing import Routing
 from tests.support import behaviours, tiny
+from tests.support.traits import having, traits
 
 # Recipes with a choice, and variants whose routing has another form.
-MIXTURES = [r for r in tiny.RECIPES if r != "lora"]
+MIXTURES = having(lambda t: t.routes)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{r: (r, {}) for r in MIXTURES},
     "top_p": ("mixlora", {"routing": "top_p", "top_p": 0.6}),
@@ -54,7 +55,7 @@ def under(edit: Edit, model: Any, inputs: dict[str, Tensor], batch: int = 0) -> 
 
 def equal_experts(recipe: str, name: str, folder: Path, **more: Any) -> Any:
     """An armed mixture in which all experts of a router are copies of one."""
-    if recipe in tiny.IMPORTING:
+    if traits(recipe).imported:
         same = {n: str(tiny.write_adapter(folder / n, name, r=4, seed=3)) for n in "abc"}
         return tiny.converted(recipe, name, folder, adapters=same, **more).eval()
     model = behaviours.armed(recipe, name, **more)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 
 import molora
 from tests.support.tiny import arm
+from tests.support.traits import takes
 
 IDS = torch.tensor([[3, 7, 11, 5]])
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -71,7 +72,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
         adapters = ready_made(Path(folder))
         for recipe, options in OPTIONS.items():
-            own = {**options, "adapters": adapters} if recipe in ("xlora", "meteora") else options
+            own = {**options, "adapters": adapters} if takes(recipe, "adapters") else options
             model = arm(molora.convert(base(), recipe, **own))
             place = Path(sys.argv[1]) / recipe
             model.save_pretrained(place)

@@ -5,7 +5,7 @@ Who may import whom, where a method's name may stand, which names hide a depende
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tests.support.places import ROOT
@@ -41,6 +41,19 @@ METHOD_NAMES_ALLOWED = {
     "molora/recipes/": "the methods themselves",
     "molora/interop/": "readers of the methods' released checkpoints",
     "molora/cli/main.py": "examples in help texts",
+}
+
+# Where a test file says which recipes it is about: the table itself, or what is made of it.
+OVER_RECIPES = {"RECIPES", "MIXTURES", "having", "each_recipe", "matrix", "causal_matrix"}
+RECIPE_NAMES_ALLOWED = {
+    "tests/kernels/test_gpu.py": "four of unlike shape, since a device's time is short",
+    "tests/layers/test_taken_back.py": "ranks that fit the narrowest weight",
+    "tests/peft_tuner/test_peft_trl.py": "two examples, one by an option that switches its loss off",
+    "tests/routers/test_balance.py": "each method's published loss",
+    "tests/routers/test_router_learns.py": "options of each method at which its router learns in a few steps",
+    "tests/support/foreign_cases.py": "formats of other software, some called as the method",
+    "tests/support/foreign_folders.py": "formats of other software, some called as the method",
+    "tests/support/format_fixture.py": "committed folders of the first format",
 }
 
 MAX_LINES = 400
@@ -117,6 +130,39 @@ def method_name_faults(path: str, source: str) -> list[str]:
             texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
             hits = [match.group() for text in texts for match in METHOD_NAME.finditer(text)]
             faults += [f"{path}:{getattr(node, 'lineno', '?')} names {hit!r} in shared code" for hit in hits]
+    return faults
+
+
+def over_recipes(source: str) -> bool:
+    """Whether a test file takes its recipes from the table or by their traits."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {n.id for n in nodes if isinstance(n, ast.Name)} | {n.attr for n in nodes if isinstance(n, ast.Attribute)}
+    return bool(names & OVER_RECIPES)
+
+
+def recipe_faults(path: str, source: str, recipes: Iterable[str]) -> list[str]:
+    """Comparisons with a recipe's name, tables by their names, and lists of most of them: what traits are for."""
+    if path in RECIPE_NAMES_ALLOWED:
+        return []
+    known, faults = set(recipes), []
+
+    def said(nodes: Iterable[ast.expr | None]) -> list[str]:
+        return [n.value for n in nodes if isinstance(n, ast.Constant) and n.value in known]
+
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            sides = (node.left, *node.comparators)
+            inside = [e for s in sides if isinstance(s, ast.Tuple | ast.List | ast.Set) for e in s.elts]
+            equal = sides if isinstance(node.ops[0], ast.Eq | ast.NotEq) else ()  # "lora" in a text is no comparison
+            found, what = said((*equal, *inside)), "compares with"
+        elif isinstance(node, ast.Dict):
+            found, what = said(node.keys), "has a table by"
+        elif isinstance(node, ast.Tuple | ast.List | ast.Set):
+            found, what = said(node.elts), "lists"
+            found = found if 2 * len(found) > len(known) else []
+        else:
+            continue
+        faults += [f"{path}:{node.lineno} {what} {', '.join(found)}: ask for a trait"] if found else []
     return faults
 
 

@@ -19,23 +19,25 @@ from peft import get_peft_model
 from torch import distributed
 
 import molora
+from molora.config import MoloraConfig
 from molora.training.engine import sharded
 from tests.support import behaviours, tiny
 from tests.support.several import deepspeed_config
 from tests.support.training_runs import SETTINGS, SMOOTH, data
+from tests.support.traits import still
 from tests.support.zero3_uses import cut_base
 
 RECIPES = tuple(tiny.RECIPES)
 
 
-def options(recipe: str) -> dict[str, Any]:
+def config(recipe: str) -> MoloraConfig:
     """The small version of ``recipe``; loss-free biases move in whole steps, so rounding could show."""
-    return behaviours.options(recipe, "llama") | ({"bias_update": 0.0} if recipe == "smora" else {})
+    return still(behaviours.config(recipe, "llama"))
 
 
 def peft_model(recipe: str, base: Any) -> Any:
     """An armed mixture in a PeftModel."""
-    model = get_peft_model(base, molora.peft_config(recipe, **options(recipe)))
+    model = get_peft_model(base, molora.peft_config(config(recipe)))
     tiny.arm(model.get_base_model())
     return model
 

@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import molora
+from molora.config import MoloraConfig
 from molora.recipes import RECIPES
 from molora.surgery.targets import candidates
+from tests.support.traits import ADAPTERS, having, small, traits
 
 SHARED = {
     "hidden_size": 32,
@@ -94,10 +96,12 @@ MORE: dict[str, Callable[[], Any]] = {
         )
     ),
 }  # fmt: skip
+ADAPTER_RANKS = (4, 8, 2)  # of the ready-made adapters, by their order
 CAUSAL = ("llama", "qwen3", "phi3", "gpt2", "gpt_neox")
-IMPORTING = ("xlora", "meteora")  # recipes made of ready-made adapters
-# Pairs that the design refuses, with the error that the matrix expects.
-REFUSED = {("xlora", "t5"): molora.errors.TargetError}
+TWO_STREAMS = ("t5",)  # of BUILDERS: tokens of an encoder and of a decoder
+IMPORTING = having(lambda t: t.imported)  # recipes made of ready-made adapters
+# Pairs that the design refuses, with the error that the matrix expects: one set of gates is for one stream of tokens.
+REFUSED = {(r, n): molora.errors.TargetError for r in having(lambda t: t.model_wide) for n in TWO_STREAMS}
 
 
 @functools.cache
@@ -177,9 +181,8 @@ def write_adapter(
 
 def adapters(root: Path, name: str) -> dict[str, str]:
     """Three adapters of unequal rank for ``name``: the names PEFT stumbles over are among them."""
-    ranks = {"0": 4, "lora_1": 8, "math": 2}
     out = {}
-    for i, (key, r) in enumerate(ranks.items()):
+    for i, (key, r) in enumerate(zip(ADAPTERS, ADAPTER_RANKS, strict=True)):
         folder = root / name / key
         if not folder.exists():
             write_adapter(folder, name, r=r, seed=10 + i, rslora=key == "math")
@@ -189,24 +192,19 @@ def adapters(root: Path, name: str) -> dict[str, str]:
 
 KERNEL = os.environ.get("MOLORA_TEST_KERNEL")  # every site on this kernel, in the processes of test_interpreted.py
 
-# Small versions of each recipe: several experts, more than one chosen, so that nothing is trivially right.
-SMALL: dict[str, dict[str, Any]] = {
-    "lora": {"r": 4},
-    "mixlora": {"r": 4, "lora_alpha": 8, "num_experts": 4},
-    "mola": {"r": 4},
-    "smora": {"r": 16, "top_k": 4, "bias_update": 1e-2},
-    "llava_mole": {"r": 4, "lora_alpha": 8},
-    "xlora": {"xlora_depth": 2, "xlora_size": 16, "xlora_dropout_p": 0.0},
-    "meteora": {},
-}
-assert SMALL.keys() == RECIPES.keys(), "every recipe is in the matrix"
+SMALL: dict[str, dict[str, Any]] = {recipe: small(recipe) for recipe in RECIPES}  # each recipe's own, without adapters
 
 
 def options(recipe: str, name: str, root: Path, **more: Any) -> dict[str, Any]:
     """Options of the small version of ``recipe`` on the tiny model ``name``."""
-    own = {"adapters": adapters(root, name)} if recipe in IMPORTING else {}
+    own = {"adapters": adapters(root, name)} if traits(recipe).imported else {}
     own |= {"kernel": KERNEL} if KERNEL else {}
     return {**SMALL[recipe], **own, **more}
+
+
+def config(recipe: str, name: str, root: Path, **more: Any) -> MoloraConfig:
+    """The config of the small version of ``recipe`` on the tiny model ``name``."""
+    return RECIPES[recipe](**options(recipe, name, root, **more))
 
 
 def arm(model: nn.Module, seed: int = 1) -> nn.Module:

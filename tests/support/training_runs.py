@@ -11,7 +11,8 @@ from torch import Tensor
 import molora
 from molora.training import Trainer, TrainingArguments
 from tests.support import behaviours, tiny
-from tests.training.test_hf_trainer import STRONG, rows
+from tests.support.traits import strong, traits
+from tests.training.test_hf_trainer import rows
 
 __all__ = ["SMOOTH", "build", "data", "logged", "run", "state", "trainer"]
 
@@ -35,15 +36,13 @@ SMOOTH: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm":
 
 def build(recipe: str, name: str = "llama", **more: Any) -> Any:
     """An armed mixture with a balance loss that weighs as much as the model's own."""
-    coef = {"router_aux_loss_coef": STRONG[recipe]} if recipe in STRONG else {}
-    options = behaviours.options(recipe, name, **coef, **more)
-    return tiny.arm(molora.convert(tiny.base_model(name), recipe, **options))
+    return tiny.arm(molora.convert(tiny.base_model(name), strong(behaviours.config(recipe, name, **more))))
 
 
 def data(model: Any) -> list[dict[str, Any]]:
     """The eight rows of unequal length; with task ids where the router is supervised."""
-    rules = {b.kind for p in model._molora.config.placements for b in p.balance}
-    return [{k: v for k, v in row.items() if k != "task_ids" or "supervised" in rules} for row in rows()]
+    supervised = traits(model).needs_tasks
+    return [{k: v for k, v in row.items() if k != "task_ids" or supervised} for row in rows()]
 
 
 def trainer(model: Any, folder: Path, own: Any = Trainer, **arguments: Any) -> Any:

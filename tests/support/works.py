@@ -14,9 +14,10 @@ import molora
 from tests.support import behaviours, tiny
 from tests.support.families import FAMILIES, IMAGE, base, inputs
 from tests.support.tolerances import close
+from tests.support.traits import traits
 
-# What a pair needs to be asked for besides its defaults, and the note that says so in the table.
-ASKED = {("xlora", "deepseek"): ({"exclude_modules": ["kv_b_proj"]}, "latent")}
+# What one set of gates for the whole model needs to be asked for on a base, and the note that says so in the table.
+ASKED = {"deepseek": ({"exclude_modules": ["kv_b_proj"]}, "latent")}
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "suppress_tokens": [IMAGE]}
 
 
@@ -38,10 +39,15 @@ def adapters(family: str) -> dict[str, str]:
 
 def options(recipe: str, family: str) -> dict[str, Any]:
     """Those of the small version of ``recipe``, with adapters for this base."""
-    own = {"adapters": adapters(family)} if recipe in tiny.IMPORTING else {}
+    own = {"adapters": adapters(family)} if traits(recipe).imported else {}
     named = FAMILIES[family].parameters
     own |= {"target_parameters": list(named)} if named else {}
-    return {**tiny.SMALL[recipe], **own, **ASKED.get((recipe, family), ({}, ""))[0]}
+    return {**tiny.SMALL[recipe], **own, **asked(recipe, family)[0]}
+
+
+def asked(recipe: str, family: str) -> tuple[dict[str, Any], str]:
+    """Options beside the usual ones, and the key of the note."""
+    return ASKED.get(family, ({}, "")) if traits(recipe).model_wide else ({}, "")
 
 
 def works(recipe: str, family: str) -> str:
@@ -52,7 +58,7 @@ def works(recipe: str, family: str) -> str:
     model, batch = base(family), inputs(family)
     expected, before = tiny.output(model, batch), _digest(model)
     molora.convert(model, recipe, **options(recipe, family))
-    _is_the_base_at_zero(model, recipe, batch, expected)
+    _is_the_base_at_zero(model, batch, expected)
     tiny.arm(model)
     ours = tiny.output(model, batch)
     assert (ours - expected).abs().max() > 0.01 * expected.abs().max(), "not armed: it computes what the base does"
@@ -69,15 +75,16 @@ def works(recipe: str, family: str) -> str:
     model.unload()
     assert torch.equal(tiny.output(model, batch), expected)
     assert _digest(model) == before
-    return ASKED.get((recipe, family), ({}, FAMILIES[family].note))[1]
+    return asked(recipe, family)[1] or FAMILIES[family].note
 
 
-def _is_the_base_at_zero(model: nn.Module, recipe: str, batch: dict[str, Tensor], expected: Tensor) -> None:
+def _is_the_base_at_zero(model: nn.Module, batch: dict[str, Tensor], expected: Tensor) -> None:
     for name, p in model.named_parameters():
         if name.endswith("lora_B"):
             p.data.zero_()
-    if recipe in behaviours.FFN_UNIT:
-        close(tiny.output(model, batch), expected, "identity_ffn_fp32")
+    if traits(model).mixes_blocks:
+        if traits(model).is_base_at_zero:
+            close(tiny.output(model, batch), expected, "identity_ffn_fp32")
     else:
         assert torch.equal(tiny.output(model, batch), expected)
 

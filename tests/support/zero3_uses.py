@@ -21,20 +21,22 @@ from accelerate.state import AcceleratorState
 from torch import distributed
 
 import molora
+from molora.config import MoloraConfig
 from molora.config.options import PenaltyConfig
 from molora.training import Trainer, TrainingArguments
 from molora.training.engine import sharded
 from tests.support import behaviours, tiny
 from tests.support.several import deepspeed_config
 from tests.support.training_runs import SETTINGS, data
+from tests.support.traits import still
 
 RECIPES = tuple(tiny.RECIPES)
 PROMPTS = ([5, 9, 12], [7, 8, 33])  # one a process; they stop at different lengths
 
 
-def options(recipe: str) -> dict[str, Any]:
+def config(recipe: str) -> MoloraConfig:
     """The small version of ``recipe``; a bias that moves without a learning rate stands still."""
-    return behaviours.options(recipe, "llama") | ({"bias_update": 0.0} if recipe == "smora" else {})
+    return still(behaviours.config(recipe, "llama"))
 
 
 def model_folder(where: Path) -> Path:
@@ -66,7 +68,7 @@ def cut_base(where: Path) -> Any:
 def convert(where: Path, recipe: str) -> dict[str, Any]:
     """Convert the cut base (importing adapters where the recipe has them); a step of rate 0; save by the Trainer."""
     arguments = settings(where / recipe, max_steps=1, learning_rate=0.0, optim="sgd")
-    model = molora.convert(cut_base(where), recipe, **options(recipe))
+    model = molora.convert(cut_base(where), config(recipe))
     tiny.arm(model)
     it = Trainer(model, arguments, train_dataset=data(model))
     it.train()
@@ -76,7 +78,7 @@ def convert(where: Path, recipe: str) -> dict[str, Any]:
 
 def taken_back() -> dict[str, Any]:
     """Options of a mixture whose experts start at parts of the weights, which therefore have to be gathered."""
-    return options("mixlora") | {"r": 2, "init_lora_weights": "pissa"}
+    return behaviours.options("mixlora", "llama") | {"r": 2, "init_lora_weights": "pissa"}
 
 
 def start(where: Path) -> dict[str, Any]:
@@ -124,7 +126,7 @@ def generate(where: Path) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for recipe in ("mixlora", "xlora"):
         arguments = settings(where / "generate", max_steps=1, learning_rate=0.0, optim="sgd")
-        model = tiny.arm(molora.convert(cut_base(where), recipe, **options(recipe)))
+        model = tiny.arm(molora.convert(cut_base(where), config(recipe)))
         it = Trainer(model, arguments, train_dataset=data(model))
         it.train()
         rank = distributed.get_rank()

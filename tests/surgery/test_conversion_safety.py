@@ -19,9 +19,10 @@ from molora.layers.linear import MixtureLinear
 from molora.layers.wrapper import Wrapper
 from molora.surgery import build as making
 from molora.surgery import install as surgery
-from tests.support import behaviours, tiny
+from tests.support import behaviours, sizes, tiny
 from tests.support.behaviours import each_recipe, matrix
 from tests.support.tolerances import close
+from tests.support.traits import traits
 
 
 class BoomError(Exception):
@@ -83,7 +84,7 @@ def test_a_failing_step_changes_nothing(
     before = behaviours.snapshot(model)
     calls = nth_call_raises(monkeypatch, owner, step, n)
     options = behaviours.options(recipe, name)
-    if step == "set_expert" and recipe not in tiny.IMPORTING:
+    if step == "set_expert" and not traits(recipe).imported:
         monkeypatch.undo()
         return  # no ready-made experts, nothing to copy
     with pytest.raises(BoomError):
@@ -195,7 +196,7 @@ def test_quantised_linears(recipe: str, name: str) -> None:
             setattr(model.get_submodule(path.rpartition(".")[0]), path.rpartition(".")[2], Shelf(m).eval())
     expected, before = tiny.output(model, inputs), behaviours.snapshot(model)
     tiny.arm(molora.convert(model, recipe, **behaviours.options(recipe, name)))
-    assert len(list(behaviours.sites(model))) == 14
+    assert len(list(behaviours.sites(model))) == len(sizes.placed(traits(model).config, name))
     assert (tiny.output(model, inputs) - expected).abs().max() > 0.1
     _, grads = behaviours.train_step(model, inputs)
     assert any(bool(g.any()) for g in grads.values())
@@ -212,7 +213,7 @@ def test_a_shared_module_is_wrapped_once(recipe: str, name: str, what: str) -> N
     setattr(layers[1].get_submodule(parent), leaf, layers[0].get_submodule(what))
     expected, before = tiny.output(model, inputs), behaviours.snapshot(model)
     options = behaviours.options(recipe, name)
-    if recipe in tiny.IMPORTING:  # these adapters are for a base whose layers are apart
+    if traits(recipe).imported:  # these adapters are for a base whose layers are apart
         with pytest.raises(AdapterError, match="too many"):
             molora.convert(model, recipe, **options)
         assert behaviours.snapshot(model) == before

@@ -15,9 +15,10 @@ from molora.config import BalanceConfig, MoloraConfig
 from tests.support import behaviours, tiny
 from tests.support.behaviours import each_recipe
 from tests.support.tolerances import close
+from tests.support.traits import having, strong, traits
 
 ROWS, LENGTH = 8, 10
-STRONG = {"mixlora": 1.0, "mola": 1.0, "llava_mole": 1.0}  # coefficients at which a wrong balance loss shows
+STRONG = having(lambda t: t.switch is not None)  # recipes whose balance loss slow loops compute here
 
 
 def rows() -> list[dict[str, Any]]:
@@ -39,19 +40,15 @@ def rows() -> list[dict[str, Any]]:
     return out
 
 
-def options(recipe: str, name: str, **more: Any) -> dict[str, Any]:
-    coef = {"router_aux_loss_coef": STRONG[recipe]} if recipe in STRONG else {}
-    return behaviours.options(recipe, name, **coef, **more)
-
-
 def build(recipe: str, name: str = "llama", **more: Any) -> Any:
-    return tiny.arm(molora.convert(tiny.base_model(name), recipe, **options(recipe, name, **more)))
+    """An armed mixture with a balance loss that weighs as much as the model's own."""
+    return tiny.arm(molora.convert(tiny.base_model(name), strong(behaviours.config(recipe, name, **more))))
 
 
 def train(model: Any, folder: Path, **arguments: Any) -> tuple[list[float], dict[str, Tensor]]:
     """(logged losses, what training changed) of two optimizer steps over the eight rows."""
     data = rows()
-    if model._molora.config.recipe != "meteora":
+    if not traits(model).needs_tasks:
         data = [{k: v for k, v in row.items() if k != "task_ids"} for row in data]
     settings = {
         "output_dir": str(folder),
@@ -106,13 +103,13 @@ def micro_batches(size: int) -> list[dict[str, Tensor]]:
     return [{k: torch.tensor([row[k] for row in chunk]) for k in chunk[0]} for chunk in chunks]
 
 
-def switch_of(records: list[Any], valid: Tensor, recipe: str) -> Tensor:
+def switch_of(records: list[Any], valid: Tensor, rule: BalanceConfig) -> Tensor:
     """Mean over routers of ``E sum_e f_e P_e`` over all real tokens of a micro-batch, by loops."""
     values = []
     for r in records:
         f, P, n = [0.0] * r.num_experts, [0.0] * r.num_experts, 0
         for t in valid.flatten().nonzero().flatten().tolist():
-            chosen = r.ids[t].tolist()[: 1 if recipe in ("mixlora", "llava_mole") else None]
+            chosen = r.ids[t].tolist()[: 1 if rule.count == "argmax" else None]
             for e in chosen:
                 f[e] += 1 / len(chosen)
             P = [p + float(r.probs[t, e]) for e, p in enumerate(P)]
@@ -126,6 +123,9 @@ def switch_of(records: list[Any], valid: Tensor, recipe: str) -> Tensor:
 def test_batch_scope_is_the_weighted_sum_of_micro_batches(recipe: str, size: int) -> None:
     """``sum over micro-batches of n / N times its own value``, n its predicted labels, against a slow oracle."""
     model = build(recipe, balance_scope="batch").train()
+    rule = traits(model).switch
+    assert rule is not None
+    assert (rule.coef, rule.scope) == (1.0, "batch")
     batches = micro_batches(size)
     N = sum(int((b["labels"][:, 1:] != -100).sum()) for b in batches)
     got, wanted = torch.zeros(()), torch.zeros(())
@@ -135,9 +135,8 @@ def test_batch_scope_is_the_weighted_sum_of_micro_batches(recipe: str, size: int
             got += model(**b, num_items_in_batch=N).loss
         records = [r for seen in tape.values() for r in seen if r.num_experts > 1]
         with torch.no_grad():
-            wanted += model.eval()(**b, num_items_in_batch=N).loss + n / N * switch_of(
-                records, b["attention_mask"], recipe
-            )
+            value = rule.coef * switch_of(records, b["attention_mask"], rule)
+            wanted += model.eval()(**b, num_items_in_batch=N).loss + n / N * value
         model.train()
     close(got, wanted, "additive")
 
@@ -162,7 +161,7 @@ def test_the_trainer_keeps_our_columns_and_saves_the_adapter(recipe: str, name: 
     assert trainer.model_accepts_loss_kwargs
     trainer._set_signature_columns_if_needed()
     assert "task_ids" in trainer._signature_columns
-    if recipe != "meteora":
+    if not traits(recipe).needs_tasks:
         trainer.train_dataset = [{k: v for k, v in row.items() if k != "task_ids"} for row in rows()]
     trainer.train()
     saved = tmp_path / "checkpoint-1"

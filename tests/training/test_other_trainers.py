@@ -19,6 +19,7 @@ from molora.training.sft import SFTTrainer
 from tests.support import tiny, tiny_text
 from tests.support.tolerances import close
 from tests.support.training_runs import build, logged, run, state, trainer
+from tests.support.traits import having
 
 QUIET: dict[str, Any] = {"use_cpu": True, "disable_tqdm": True, "report_to": [], "bf16": False, "fp16": False}
 
@@ -52,7 +53,7 @@ def sft(own: Any, recipe: str, folder: Path, out: Path, **options: Any) -> Any:
     return own(model, args=arguments, train_dataset=datasets.Dataset.from_list(ROWS), processing_class=tokenizer)
 
 
-@pytest.mark.parametrize("recipe", ["mixlora", "mola", "smora", "llava_mole"])
+@pytest.mark.parametrize("recipe", having(lambda t: t.grows))
 def test_sft_by_trl_trains_and_saves(recipe: str, folder: Path, tmp_path: Path) -> None:
     """Every expert and router moves, nothing of the base does, and a checkpoint is an adapter."""
     it = sft(SFTTrainer, recipe, folder, tmp_path)

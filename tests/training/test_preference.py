@@ -21,6 +21,7 @@ from molora.training.preference import DPOTrainer, GRPOTrainer
 from tests.support import tiny, tiny_text
 from tests.support.tolerances import close
 from tests.support.training_runs import logged
+from tests.support.traits import traits
 from tests.training.test_other_trainers import QUIET
 
 PAIRS = [
@@ -113,7 +114,7 @@ def test_a_dpo_step_has_the_gradient_of_trls_loss_plus_the_balance_loss(
     for name, gradient in expected.items():
         close(found[name], gradient, "same_math_fp32")
     assert it._metrics["train"]["aux_loss"] == pytest.approx([balance.item()], abs=1e-5)
-    if recipe != "smora":  # its balance is a bias, not a loss
+    if traits(recipe).balanced:  # by a loss, and not by a bias
         hand.zero_grad()
         by_hand(hand, batch)[0].backward()
         alone = gradients(hand)

@@ -14,6 +14,7 @@ from tests.support.programs import program
 from tests.support.several import ENGINES, KEYS, VARIANTS
 from tests.support.tolerances import close
 from tests.support.training_runs import build
+from tests.support.traits import having, traits
 from tests.training.test_hf_trainer import STRONG
 
 pytestmark = pytest.mark.dist
@@ -71,7 +72,7 @@ def test_one_process_that_accumulates_is_one(recipe: str, variant: str, tmp_path
     same(one(recipe, variant, several.ROWS // 2, tmp_path), one(recipe, variant, several.ROWS, tmp_path))
 
 
-@pytest.mark.parametrize("recipe", ["mixlora", "mola", "smora", "llava_mole", "meteora"])
+@pytest.mark.parametrize("recipe", having(lambda t: t.picks))
 def test_the_rows_kept_apart_use_different_experts(recipe: str) -> None:
     """Or the equality above would say nothing of experts that one process uses and the other does not."""
     model = build(recipe)
@@ -105,6 +106,8 @@ def test_fully_shard_in_a_plain_loop_is_one(recipe: str, two: Path) -> None:
 def test_batch_scope_takes_f_over_all_processes(recipe: str, two: Path) -> None:
     """``sum over processes of n / N E sum_e f_e P_e``, f of all tokens and P of the process's own, by loops."""
     model = build(recipe, balance_scope="batch")
+    rule = traits(model).switch
+    assert rule is not None
     rows = several.rows_of("mixed", model)
     N = sum(label != -100 for row in rows for label in row["labels"][1:])
     wanted, parts = 0.0, []
@@ -120,14 +123,14 @@ def test_batch_scope_takes_f_over_all_processes(recipe: str, two: Path) -> None:
         for _, records in parts:
             r = records[site]
             for t in r.valid.nonzero().flatten().tolist():
-                chosen = r.ids[t].tolist()[: None if recipe == "mola" else 1]
+                chosen = r.ids[t].tolist()[: 1 if rule.count == "argmax" else None]
                 for e in chosen:
                     f[e] += 1 / len(chosen)
                 tokens += 1
         for share, records in parts:
             P = records[site].probs[records[site].valid].mean(0).tolist()
             value = E * sum(a / tokens * b for a, b in zip(f, P, strict=True))
-            wanted += STRONG[recipe] * share * value / len(parts[0][1])
+            wanted += rule.coef * share * value / len(parts[0][1])
     close(read(two, f"batch-{recipe}")["logged"]["loss"][:1], torch.tensor([wanted]), "additive")
 
 

@@ -26,8 +26,9 @@ from tests.support import behaviours, tiny
 from tests.support.behaviours import each_recipe
 from tests.support.tolerances import close
 from tests.support.training_runs import SMOOTH, build, data, logged, run, state, trainer
+from tests.support.traits import having
 
-MIXED = ("mixlora", "mola", "smora", "llava_mole")
+MIXED = having(lambda t: t.grows)
 
 
 @each_recipe
@@ -39,7 +40,7 @@ def test_it_trains_as_transformers_trainer_does(recipe: str, name: str, tmp_path
     behaviours.assert_same(state(models[0]), state(models[1]))
 
 
-@pytest.mark.parametrize("recipe", MIXED)
+@pytest.mark.parametrize("recipe", having(lambda t: t.grows and t.picks))
 def test_the_logs_say_what_a_loop_over_the_recorded_routing_says(recipe: str, tmp_path: Path) -> None:
     model = build(recipe)
     with molora.record_routing(model) as tape:
@@ -64,7 +65,7 @@ def test_the_logs_say_what_a_loop_over_the_recorded_routing_says(recipe: str, tm
     assert len(line["load"]) == len(entropy)
 
 
-@pytest.mark.parametrize("recipe", ["mixlora", "mola", "llava_mole", "meteora"])
+@pytest.mark.parametrize("recipe", having(lambda t: t.balanced))
 def test_the_logged_aux_loss_and_routing_do_not_depend_on_accumulation(recipe: str, tmp_path: Path) -> None:
     whole = run(build(recipe), tmp_path / "1", **SMOOTH)
     split = run(build(recipe), tmp_path / "2", **SMOOTH, per_device_train_batch_size=1, gradient_accumulation_steps=4)

@@ -16,6 +16,7 @@ from tests.support.folders import contents
 from tests.support.programs import program
 from tests.support.tolerances import close
 from tests.support.training_runs import SETTINGS, data
+from tests.support.traits import traits
 
 pytestmark = pytest.mark.dist
 
@@ -38,7 +39,7 @@ def read(uses: Path, name: str) -> dict[str, Any]:
 
 def whole(recipe: str) -> Any:
     """The same mixture on a base that was never cut."""
-    model = molora.convert(tiny.base_model("llama"), recipe, **zero3_uses.options(recipe))
+    model = molora.convert(tiny.base_model("llama"), zero3_uses.config(recipe))
     return tiny.arm(model).eval()
 
 
@@ -54,7 +55,7 @@ def test_the_saved_adapter_is_byte_for_byte_that_of_one_process(recipe: str, use
     loaded = molora.load(tiny.base_model("llama"), uses / recipe / "saved").eval()
     inputs = tiny.batch("llama")
     assert torch.equal(tiny.output(loaded, inputs), tiny.output(model, inputs))
-    assert hasattr(loaded, HEAD) == (recipe == "xlora")
+    assert hasattr(loaded, HEAD) == traits(recipe).model_wide
 
 
 def test_experts_start_at_parts_of_weights_that_are_cut(uses: Path) -> None:
