@@ -66,7 +66,7 @@ class SiteConfig(Strict):
             out.append(f"{self.path[:200]}: got a parameter's experts of several ranks or scales, expected one of each")
         if self.takes_back and len(set(self.ranks)) != 1:
             out.append(f"takes_back: got ranks {shown(self.ranks)}, expected one rank for all experts")
-        if self.takes_back and self.bank not in ("plain", TAKES_BACK):
+        if self.takes_back and self.bank not in (SiteConfig.bank, TAKES_BACK):
             out.append(
                 f"bank: got {shown(self.bank)} with a start that is taken back, expected 'plain' or {TAKES_BACK!r}"
             )

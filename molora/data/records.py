@@ -42,15 +42,18 @@ class Record:
         return self.messages[-1]["content"] if self.messages else ""
 
 
+FORMAT = "format"  # in the metadata of a column that tells a format of rows
+
+
 @dataclass(frozen=True)
 class Columns:
     """Which column holds what; ``given``: the names that the user asked for, which must exist.
 
-    A record has a text or messages. Who names the column of one of them does not want the other, hence "".
+    A record is of one format. Who names the column of one of them does not want the others, hence "" for those.
     """
 
-    text: str = "text"
-    messages: str = "messages"
+    text: str = field(default="text", metadata={FORMAT: True})
+    messages: str = field(default="messages", metadata={FORMAT: True})
     label: str = "label"
     image: str = "image"
     group: str = "group"
@@ -83,8 +86,9 @@ def source(value: Any) -> Source:
     if faults:
         raise ConfigError("; ".join(faults))
     own = {known[k]: v for k, v in value.items() if k != "path"}
-    if len({"text", "messages"} & own.keys()) == 1:
-        own = {"text": "", "messages": "", **own}
+    formats = [f.name for f in fields(Columns) if FORMAT in f.metadata]
+    if sum(name in own for name in formats) == 1:
+        own = {**dict.fromkeys(formats, ""), **own}
     return Source(value["path"], Columns(**own, given=tuple(v for v in own.values() if v)))
 
 

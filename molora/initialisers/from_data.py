@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sized
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,7 @@ class Batches(Sized, Protocol):
 
 def bank_of(m: MixtureLinear) -> ExpertBank:
     """The bank of a site that :func:`fresh_sites` found."""
-    assert isinstance(m.bank, ExpertBank)
-    return m.bank
+    return cast(ExpertBank, m.bank)
 
 
 def fresh_sites(model: nn.Module, what: str) -> dict[str, MixtureLinear]:
@@ -49,13 +48,13 @@ def fresh_sites(model: nn.Module, what: str) -> dict[str, MixtureLinear]:
                 "target_parameters"
             )
         bank = m.bank if isinstance(m, MixtureLinear) else None
-        if bank is not None and not isinstance(bank, ExpertBank):
+        if bank is not None and "lora_A" not in bank.dims:
             raise ConfigError(f"{what}: {path} has a {type(bank).__name__}, expected experts of A and B, bank='plain'")
-        if bank is None or not bank.lora_A.requires_grad or not sum(bank.ranks):
+        if bank is None or not sum(bank.ranks) or not bank_of(cast(MixtureLinear, m)).lora_A.requires_grad:
             continue
         if not isinstance(m.base_layer, nn.Linear | Conv1D):
             raise ConfigError(f"{what}: {path} is a {type(m.base_layer).__name__}, expected a linear that PEFT knows")
-        if bool(bank.lora_B.any()):
+        if bool(bank_of(cast(MixtureLinear, m)).lora_B.any()):
             raise ConfigError(
                 f"{what}: {path} has experts whose B is not zero: trained, or of another start; expected a model "
                 "fresh from convert with init_lora_weights=True"

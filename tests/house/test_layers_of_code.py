@@ -4,15 +4,25 @@ import ast
 import graphlib
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from molora.data.formats import FORMATS
+from molora.initialisers import INITIALISERS
+from molora.interop.importers import IMPORTERS
+from molora.kernels.dispatch import KERNELS
+from molora.layers.banks import BANKS
+from molora.penalties import PENALTIES
 from molora.recipes import RECIPES
+from molora.routers import BALANCES, GATES, ROUTERS
 from tests.support.house_rules import (
     ALSO_CHECKED,
     LENGTH_EXCEPTIONS,
+    OTHER_MEANINGS,
     RECIPE_NAMES_ALLOWED,
     ROOT,
+    entry_faults,
     hiding_faults,
     imported,
     imported_modules,
@@ -30,6 +40,13 @@ PACKAGE_FILES = [path for path in FILES if path.parts[0] not in ALSO_CHECKED]
 MODULES = {module_name(path) for path in PACKAGE_FILES}
 
 
+TABLES: dict[str, dict[str, Any]] = {
+    "BALANCES": BALANCES, "BANKS": BANKS, "FORMATS": FORMATS, "GATES": GATES, "IMPORTERS": IMPORTERS,
+    "INITIALISERS": INITIALISERS, "KERNELS": KERNELS, "PENALTIES": PENALTIES, "RECIPES": RECIPES, "ROUTERS": ROUTERS,
+}  # fmt: skip
+NAMES = {name: table for table, entries in TABLES.items() for name in entries}
+CLASSES = {e.__name__: table for table, entries in TABLES.items() for e in entries.values() if isinstance(e, type)}
+CLASSES |= {type(e).__name__: "FORMATS" for e in FORMATS.values()}
 ADDED = Path("tests/support/added")  # files that import each other by name, as a user's own do
 
 
@@ -65,6 +82,31 @@ def test_tests_over_recipes_ask_for_traits():
     assert len(tests) > 60
     assert [fault for path in tests for fault in recipe_faults(path, read(Path(path)), RECIPES)] == []
     assert [path for path in RECIPE_NAMES_ALLOWED if not recipe_faults("", read(Path(path)), RECIPES)] == []
+
+
+def test_shared_code_compares_no_entry_of_a_table():
+    faults = [fault for path in PACKAGE_FILES for fault in entry_faults(path.as_posix(), read(path), NAMES, CLASSES)]
+    assert faults == []
+    assert len(OTHER_MEANINGS) <= 10
+    assert [word for word in OTHER_MEANINGS if word not in NAMES] == []
+
+
+PLANTED_ENTRIES = {
+    "a comparison": ("if kind == 'switch': pass", "names 'switch' of BALANCES"),
+    "a membership": ("x = kind not in ('z', 'other')", "names 'z' of BALANCES"),
+    "a key": ("x = {'hidden': 1}[kind]", "names 'hidden' of ROUTERS"),
+    "a match": ("match kind:\n    case 'mica': pass", "names 'mica' of INITIALISERS"),
+    "a class": ("x = isinstance(router, LinearRouter)", "asks for LinearRouter of ROUTERS"),
+    "one of several classes": ("x = isinstance(m, int | FixedRouter)", "asks for FixedRouter of ROUTERS"),
+}
+
+
+@pytest.mark.parametrize("case", PLANTED_ENTRIES)
+def test_the_rule_catches(case: str):
+    source, fault = PLANTED_ENTRIES[case]
+    found = entry_faults("molora/surgery/new.py", source, NAMES, CLASSES)
+    assert [f.partition(" ")[2] for f in found] == [fault]
+    assert entry_faults("molora/recipes/new.py", source, NAMES, CLASSES) == []
 
 
 def test_imports_are_absolute():

@@ -5,7 +5,7 @@ Who may import whom, where a method's name may stand, which names hide a depende
 
 import ast
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from tests.support.places import ROOT
@@ -164,6 +164,48 @@ def recipe_faults(path: str, source: str, recipes: Iterable[str]) -> list[str]:
             continue
         faults += [f"{path}:{node.lineno} {what} {', '.join(found)}: ask for a trait"] if found else []
     return faults
+
+
+# A word that is an entry's name in a table, and means something else in shared code.
+OTHER_MEANINGS = {
+    "bias": "a tensor of a linear, and an option of PEFT's configs",
+    "linear": "a site's role, and a placement's unit",
+    "random": "an edit of routing, and an instruction to shuffle",
+    "text": "a column, a key of a chat's content, and a key of the page's words",
+    "triton": "the package",
+}
+
+
+def entry_faults(path: str, source: str, names: Mapping[str, str], classes: Mapping[str, str]) -> list[str]:
+    """Comparisons and keys that hold an entry's name, and questions for an entry's class, in shared code.
+
+    ``names``, ``classes``: the table of an entry's name or class. Free are ``recipes/`` and ``interop/``, a dict
+    literal that is a table, and the file that defines an entry.
+    """
+    tree = ast.parse(source)
+    own = {n.name for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
+    if path.startswith(("molora/recipes/", "molora/interop/")) or own & classes.keys():
+        return []
+    tables = {id(n.value) for n in ast.walk(tree) if isinstance(n, ast.AnnAssign | ast.Assign) and _is_table(n)}
+    faults = []
+    for node in ast.walk(tree):
+        texts: Iterable[ast.AST | None] = ()
+        if isinstance(node, ast.Compare | ast.MatchValue):
+            texts = ast.walk(node)
+        elif isinstance(node, ast.Dict) and id(node) not in tables:
+            texts = node.keys
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+            asked = [n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name) and n.id in classes]
+            faults += [f"{path}:{node.lineno} asks for {name} of {classes[name]}" for name in asked]
+        words = [c.value for c in texts if isinstance(c, ast.Constant) and isinstance(c.value, str)]
+        known = [word for word in words if word in names and word not in OTHER_MEANINGS]
+        faults += [f"{path}:{getattr(node, 'lineno', '?')} names {word!r} of {names[word]}" for word in known]
+    return faults
+
+
+def _is_table(node: ast.AnnAssign | ast.Assign) -> bool:
+    targets = [node.target] if isinstance(node, ast.AnnAssign) else node.targets
+    return any(isinstance(t, ast.Name) and t.id.isupper() for t in targets)
 
 
 def hiding_faults(path: Path, source: str, neighbours: set[str]) -> list[str]:
