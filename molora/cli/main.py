@@ -186,10 +186,18 @@ def info(
     kernels: Annotated[
         bool, typer.Option("--kernels", help="Which kernel runs for which shapes here, and why.")
     ] = False,
+    parts: Annotated[
+        bool, typer.Option("--parts", help="Routers, gates, balance rules, banks, starts, penalties, formats.")
+    ] = False,
 ) -> None:
-    """Show versions and the recipes; with a recipe's name, its options; with --kernels, the choice of kernels."""
+    """Show versions and the recipes; with a recipe's name, its options; with --parts, what recipes are made of."""
     from molora.cli.info import show_kernels, show_recipe, show_versions
 
+    if parts:
+        from molora.cli.parts import show_parts
+
+        show_parts(output)
+        return
     if kernels:
         show_kernels(output)
         return

@@ -102,7 +102,14 @@ class Asked:
 
 
 class Importer(Protocol):
-    """One format: a module with these two functions, and a line in ``IMPORTERS``."""
+    """One format: a module with these names, and a line in ``IMPORTERS``.
+
+    ``FILES``: which files it reads, of a repository on the Hub and of folders within; ``PICKLES``: those of them that
+    are pickles, which are fetched only where the caller allows pickles.
+    """
+
+    FILES: tuple[str, ...]
+    PICKLES: tuple[str, ...]
 
     def recognises(self, folder: Path, config: Mapping[str, Any]) -> bool:
         """Whether the folder's own files say that it is of this format; reads configs and headers at most.

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from molora.adapter.atomic_save import CONFIG, WEIGHTS
 from molora.adapter.config import PEFT_TYPE as OURS
-from molora.adapter.peft_lora import PICKLE
 from molora.adapter.peft_lora_config import refuse
 from molora.interop import meteora, mixlora, moe_peft, mola, plain_lora
 from molora.interop import xlora_of_peft as peft_xlora
@@ -26,15 +25,14 @@ IMPORTERS: dict[str, Importer] = {
     "MeteoRA": meteora,
 }
 
-# What of a repository on the Hub is downloaded: the files of molora's, PEFT's and X-LoRA's folders and their experts'.
-# Never all safetensors: a repository may hold its base model, too, and MeteoRA's files are whole models.
-_SAFE = (CONFIG, WEIGHTS, "xlora_config.json", "xlora_classifier.safetensors")
-_PICKLES = (PICKLE, "xlora_classifier.pt")
-
 
 def hub_files(allow_pickle: bool) -> tuple[str, ...]:
-    """Patterns of the files that a reader may open, in a repository and in folders within it."""
-    names = (*_SAFE, *_PICKLES) if allow_pickle else _SAFE
+    """Patterns of the files that a reader may open, in a repository and in folders within it.
+
+    Never all safetensors: a repository may hold its base model, too.
+    """
+    found = [(*e.FILES, *(e.PICKLES if allow_pickle else ())) for e in IMPORTERS.values()]
+    names = dict.fromkeys((CONFIG, WEIGHTS, *(name for names in found for name in names)))  # the first two are ours
     return (*names, *(f"*/{name}" for name in names))
 
 

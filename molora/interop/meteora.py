@@ -25,7 +25,10 @@ from molora.interop.foreign import Asked, Foreign, check_weights, in_model
 from molora.recipes import RECIPES
 from molora.surgery.ready_made import aligned
 
-__all__ = ["read", "recognises"]
+__all__ = ["FILES", "PICKLES", "read", "recognises"]
+
+FILES: tuple[str, ...] = ()  # whole models, which are not fetched
+PICKLES: tuple[str, ...] = ()
 
 GATE, A_KEY, B_KEY, BASE = ".moe_gate.weight", ".lora_A.weight", ".lora_B.weight", ".base_layer.weight"
 _SHARD = re.compile(r"model(?:-[0-9]{5}-of-[0-9]{5})?\.safetensors")

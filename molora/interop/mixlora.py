@@ -27,7 +27,10 @@ from molora.errors import AdapterError, ConfigError
 from molora.interop.foreign import Asked, Foreign, in_model, read_config, read_tensors, targets
 from molora.recipes import RECIPES
 
-__all__ = ["expert_count", "packed_experts", "read", "recognises", "settings", "warn_of_dora"]
+__all__ = ["FILES", "PICKLES", "expert_count", "packed_experts", "read", "recognises", "settings", "warn_of_dora"]
+
+FILES: tuple[str, ...] = (CONFIG, WEIGHTS)
+PICKLES: tuple[str, ...] = (PICKLE,)
 
 PEFT_TYPE = "MIXLORA"
 OLD_NAMES = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}

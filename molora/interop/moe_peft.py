@@ -26,7 +26,10 @@ from molora.interop.foreign import Asked, Foreign, in_model, read_config, read_t
 from molora.interop.mixlora import expert_count, packed_experts, settings, warn_of_dora
 from molora.recipes import RECIPES
 
-__all__ = ["read", "recognises"]
+__all__ = ["FILES", "PICKLES", "read", "recognises"]
+
+FILES: tuple[str, ...] = (CONFIG, WEIGHTS)
+PICKLES: tuple[str, ...] = (PICKLE,)
 
 KINDS = {"MOLA": "mola", "LORAMOE": "loramoe"}  # peft_type to the keys' prefix, which is the routing_strategy, too
 _LINEAR = r"\.(layers\.\d{1,4}\.(?:self_attn|mlp)\.\w+)"

@@ -24,7 +24,10 @@ from molora.interop.foreign import Asked, Foreign, in_model, read_config, read_t
 from molora.recipes import RECIPES
 from molora.surgery.targets import candidates, ends_with
 
-__all__ = ["read", "recognises"]
+__all__ = ["FILES", "PICKLES", "read", "recognises"]
+
+FILES: tuple[str, ...] = (CONFIG, WEIGHTS)
+PICKLES: tuple[str, ...] = (PICKLE,)
 
 # Options of PEFT's config that MoLA's code does not have, or that add what is no expert.
 UNKNOWN = ("bias", "modules_to_save", "fan_in_fan_out", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")

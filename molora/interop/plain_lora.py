@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from molora.adapter.atomic_save import CONFIG
-from molora.adapter.peft_lora import LoraAdapter
+from molora.adapter.atomic_save import CONFIG, WEIGHTS
+from molora.adapter.peft_lora import PICKLE, LoraAdapter
 from molora.adapter.peft_lora_config import PEFT_TYPE
 from molora.config import MoloraConfig, Placement, RouterConfig
 from molora.errors import AdapterError, ConfigError, nearest
@@ -18,7 +18,10 @@ from molora.interop.foreign import Asked, Foreign, read_config
 from molora.surgery.ready_made import aligned
 from molora.surgery.targets import ends_with
 
-__all__ = ["read", "recognises"]
+__all__ = ["FILES", "PICKLES", "read", "recognises"]
+
+FILES: tuple[str, ...] = (CONFIG, WEIGHTS)
+PICKLES: tuple[str, ...] = (PICKLE,)
 
 
 def recognises(folder: Path, config: Mapping[str, Any]) -> bool:

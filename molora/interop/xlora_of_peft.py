@@ -19,7 +19,10 @@ from molora.errors import AdapterError
 from molora.interop.foreign import Asked, Foreign, experts, read_config, read_tensors
 from molora.interop.xlora_assembly import assemble, given_adapters, linears
 
-__all__ = ["CLASSIFIER", "PEFT_TYPE", "read", "recognises"]
+__all__ = ["CLASSIFIER", "FILES", "PEFT_TYPE", "PICKLES", "read", "recognises"]
+
+FILES: tuple[str, ...] = (CONFIG, WEIGHTS)
+PICKLES: tuple[str, ...] = (PICKLE,)
 
 PEFT_TYPE = "XLORA"
 CLASSIFIER = "base_model.internal_xlora_classifier.layers."

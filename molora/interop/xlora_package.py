@@ -19,7 +19,10 @@ from molora.errors import AdapterError
 from molora.interop.foreign import Asked, Foreign, experts, read_config, read_tensors
 from molora.interop.xlora_assembly import Linear, assemble, given_adapters, linears
 
-__all__ = ["read", "recognises"]
+__all__ = ["FILES", "PICKLES", "read", "recognises"]
+
+FILES: tuple[str, ...] = ("xlora_config.json", "xlora_classifier.safetensors")
+PICKLES: tuple[str, ...] = ("xlora_classifier.pt",)
 
 CONFIG = "xlora_config.json"
 PUBLISHED, PUBLISHED_ADAPTERS = "X-LoRA", "X-LoRA_adapters"

@@ -121,6 +121,9 @@ def test_a_reload_is_what_was_trained_and_every_thing_learned(workplace: Path) -
 def test_the_command_line_knows_them(workplace: Path) -> None:
     shown = drive(workplace, "driver.py", "info", "whole", log="info")
     assert "sharpness" in shown, (workplace / "info.log").read_text()[-2000:]
+    shown = drive(workplace, "driver.py", "info", "--parts", log="parts")
+    own = ("cosine", "threshold", "slope=2.0", "task_margin", "sparse", "diagonal", "banded", "questions", "its own")
+    assert [name for name in own if name not in shown] == []
     wrong = ["--options.sharpnes", "2", *WAYS["alone"][1]]
     drive(workplace, "driver.py", "train", "--config", "run.yaml", *wrong, log="wrong")
     assert "unknown option 'sharpnes'; did you mean 'sharpness'?" in (workplace / "wrong.log").read_text()

@@ -19,7 +19,7 @@ from molora.interop.importers import IMPORTERS
 class OwnLora:
     """``lora.json``: {"rank": r, "alpha": a}; tensors ``<path>/down`` (r, I) and ``<path>/up`` (O, r)."""
 
-    FILES = ("lora.json", "lora.safetensors")
+    FILES, PICKLES = ("lora.json", "lora.safetensors"), ()
 
     @staticmethod
     def recognises(folder: Path, config: Mapping[str, Any]) -> bool:
