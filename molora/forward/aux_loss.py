@@ -115,7 +115,7 @@ def add_aux_loss(model: nn.Module, mixture: Mixture, outputs: Any, frame: Frame,
 
 
 def _like(total: Tensor | float, loss: Tensor) -> Tensor | float:
-    return total.to(loss.device) if isinstance(total, Tensor) else total
+    return total.to(loss.device) if isinstance(total, Tensor) and total.device != loss.device else total
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
