@@ -7,7 +7,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 EXTRAS := train,eval,peft,triton,harness,demo,dev
-PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 
 # Scripts in a virtual environment carry its absolute path: one that was moved or copied here is made anew.
 HOME_NOTE := $(VENV)/.home

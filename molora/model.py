@@ -28,7 +28,6 @@ from molora.surgery.state import (
     keep_trained,
     merge_always_on,
     merge_expert,
-    merges,
     saved_tensors,
     stacks_of,
     trained_copies,
@@ -122,7 +121,7 @@ class MixtureModel:
         """
         model = cast(nn.Module, self)
         sites = [m for _, m in sites_of(model).values()]
-        if not all(merges(m) for m in sites):
+        if not all(m.merges for m in sites):
             raise ConfigError(
                 f"merge_and_unload: recipe {self._molora.config.recipe!r} mixes experts by the token: no weight gives "
                 "the same outputs; keep the mixture, or use export_expert(...) to take one expert out as a plain LoRA"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -49,10 +50,21 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what compares bit by bit."""
+    """Mark what compares bit by bit; long files first, so that no process of xdist is left alone with one at the end.
+
+    Files whose tests start several processes take turns with those of slow tests: two of the former at once would
+    share the cores of a small machine among four.
+    """
+    kinds: dict[Path, int] = {}
     for item in items:
         if isinstance(item, pytest.Function) and claims_bits(item.function):
             item.add_marker("bits")
+        kind = 2 if item.get_closest_marker("dist") else 1 if item.get_closest_marker("slow") else 0
+        kinds[item.path] = max(kind, kinds.get(item.path, 0))
+    several, slow, others = ([path for path, kind in kinds.items() if kind == k] for k in (2, 1, 0))
+    turns = [path for pair in itertools.zip_longest(several, slow) for path in pair if path is not None]
+    place = {path: i for i, path in enumerate((*turns, *others))}
+    items.sort(key=lambda item: place[item.path])
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from molora import context
 from molora.config import Placement, SiteConfig
 from molora.config.site import TAKES_BACK
-from molora.errors import ConfigError
+from molora.errors import AdapterError, ConfigError
 from molora.kernels.dispatch import for_every_token, mix_linear
-from molora.layers.banks import Bank
+from molora.layers.banks import Bank, banks_of
 from molora.layers.banks.always_on import AlwaysOnBanks
 from molora.layers.banks.frozen_ranks import with_start_taken_back
 from molora.layers.mixture import Owner
@@ -107,6 +107,26 @@ class MixtureLinear(RoutedModule, Wrapper):
     def out_features(self) -> int:
         """Width of the output."""
         return self.site.out_features
+
+    @property
+    def merges(self) -> bool:
+        """Where there is one expert, always on."""
+        return self.always_on and self.site.num_experts == 1
+
+    def merged(self, weight: Any) -> Tensor:
+        """``W + sum of s B A`` over all banks, summed in float32."""
+        return self.with_banks(weight, list(banks_of(self).values()))
+
+    def with_banks(self, weight: Any, banks: Sequence[Bank]) -> Tensor:
+        """The same of these banks, each of which has one expert."""
+        if type(weight) is not nn.Parameter or not weight.is_floating_point() or not banks:
+            raise AdapterError(
+                f"{self.site.path}: cannot merge into a {type(self.base_layer).__name__}; only plain float linears"
+            )
+        deltas_OI = [scale * (B.float() @ A.float()) for A, B, scale in (bank.as_lora(0) for bank in banks)]
+        delta_OI = sum(deltas_OI[1:], deltas_OI[0])
+        transposed = weight.shape != delta_OI.shape or hasattr(self.base_layer, "nx")
+        return weight + (delta_OI.t() if transposed else delta_OI).to(weight.dtype)
 
     def extra_repr(self) -> str:
         """Experts, total rank and choices, for ``print(model)``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from molora import context
 from molora.config import Placement, SiteConfig
 from molora.context import Frame, Report
-from molora.errors import ConfigError, MoloraError
+from molora.errors import AdapterError, ConfigError, MoloraError
 from molora.layers.mixture import Owner
 from molora.routers import BALANCES, ROUTERS, BiasedRouter
 from molora.routers.balance import Seen
@@ -32,6 +32,19 @@ class RoutedModule(nn.Module):
         self.model_wide = placement.router.scope == "model"
         self.has_loss = any(b.coef > 0 for b in placement.balance) or any(p.coef > 0 for p in placement.penalties)
         self.is_counted = any(BALANCES[b.kind].at_router for b in placement.balance)
+
+    @property
+    def merges(self) -> bool:
+        """Whether it computes the base's function of other weights, which do not depend on the token."""
+        return False
+
+    def merged(self, weight: Any) -> Tensor:
+        """The base's weight with what the site learned in it, in the weight's own layout and dtype.
+
+        Raises:
+            AdapterError: for a weight that is none of a plain float linear.
+        """
+        raise AdapterError(f"{self.site.path}: its experts depend on the token; expected one that is always on")
 
     def route(self, x_TI: Tensor) -> Routing:
         """The routing of this module's tokens (T, I); computed by its router, or left by the block's leading site.

@@ -49,6 +49,16 @@ class FusedParameter(RoutedModule):
         """Experts and rank, for ``print(model)``."""
         return f"experts={self.site.num_experts}, r={self.site.ranks[0]}, shape={self.site.stacked()}"
 
+    @property
+    def merges(self) -> bool:
+        """Always: there is no router."""
+        return True
+
+    def merged(self, weight: Any) -> Tensor:
+        """As its forward does it."""
+        merged: Tensor = self(weight)
+        return merged
+
     def forward(self, stacked: Tensor) -> Tensor:
         """``W + s B A`` for each expert: W (E, a, b) to a new tensor of its shape and dtype, W's own bits at B = 0.
 
@@ -95,6 +105,10 @@ class FusedExperts(Wrapper):
     def sites(self) -> dict[str, RoutedModule]:
         """Its adapted parameters, whose paths are the parameters'."""
         return {part.site.path: part for part in self.parts().values()}
+
+    def weight_of(self, site: RoutedModule) -> Any:
+        """The stacked parameter."""
+        return self.base_layer.get_parameter(site.site.path.rpartition(".")[2])
 
     def parts(self) -> dict[str, FusedParameter]:
         """The adapted parameters by their names in the block."""

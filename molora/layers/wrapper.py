@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -32,6 +33,11 @@ class Wrapper(nn.Module):
     def sites(self) -> Mapping[str, RoutedModule]:
         """The sites that it is or holds, by their path in the base."""
         return {}
+
+    def weight_of(self, site: RoutedModule) -> Any:
+        """The base's weight that a site of its is for; None where the base has none."""
+        assert self.wrapped is not None
+        return self.wrapped._parameters.get("weight")
 
     @property
     def wrapped(self) -> nn.Module | None:

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from molora.config.strict import shown
 from molora.errors import AdapterError, ConfigError, nearest
-from molora.layers.banks import Bank, banks_of
+from molora.layers.banks import banks_of
 from molora.layers.linear import MixtureLinear
 from molora.layers.mixture import HEAD, Mixture
 from molora.layers.routed import RoutedModule
 from molora.layers.saved import SavedModule
-from molora.layers.stacked import FusedExperts, FusedParameter
+from molora.layers.stacked import FusedParameter
 from molora.layers.wrapper import Wrapper
 from molora.surgery.install import sites_of, wrappers_of
 
-__all__ = ["always_on_names", "expert_modules", "keep_trained", "merge_always_on", "merge_expert", "merges"]
+__all__ = ["always_on_names", "expert_modules", "keep_trained", "merge_always_on", "merge_expert"]
 __all__ += ["saved_tensors", "stacks_of", "trained_copies"]
 
 T = TypeVar("T")
-
-
-def merges(m: RoutedModule) -> bool:
-    """Whether a site computes the base's function of other weights, which do not depend on the token."""
-    return isinstance(m, FusedParameter) or (isinstance(m, MixtureLinear) and m.always_on and m.site.num_experts == 1)
 
 
 @torch.no_grad()
@@ -37,28 +32,10 @@ def merge_expert(model: nn.Module, m: RoutedModule) -> None:
     Raises:
         AdapterError: for a base that is no plain float linear, or an expert with NaN or infinite values.
     """
-    weight: Any
-    if isinstance(m, FusedParameter):
-        weight = _holders(model)[m].get_parameter(m.site.path.rpartition(".")[2])
-        merged = m(weight)
-    else:
-        assert isinstance(m, MixtureLinear)
-        weight, merged = m.base_layer._parameters.get("weight"), _with_merged(m, list(banks_of(m).values()))
+    weight = next(w.weight_of(m) for w in wrappers_of(model).values() if m in w.sites().values())
+    merged = m.merged(weight)
     _check_merged(m, merged)
     weight.copy_(merged)
-
-
-def _with_merged(m: MixtureLinear, banks: Sequence[Bank]) -> Tensor:
-    """The base weight with these banks' only experts in it, in the weight's own layout and dtype."""
-    weight: Any = m.base_layer._parameters.get("weight")
-    if type(weight) is not nn.Parameter or not weight.is_floating_point() or not banks:
-        raise AdapterError(
-            f"{m.site.path}: cannot merge into a {type(m.base_layer).__name__}; only plain float linears"
-        )
-    deltas_OI = [scale * (B.float() @ A.float()) for A, B, scale in (bank.as_lora(0) for bank in banks)]
-    delta_OI = sum(deltas_OI[1:], deltas_OI[0])
-    transposed = weight.shape != delta_OI.shape or hasattr(m.base_layer, "nx")
-    return weight + (delta_OI.t() if transposed else delta_OI).to(weight.dtype)
 
 
 def _check_merged(m: RoutedModule, merged: Tensor) -> None:
@@ -81,14 +58,12 @@ def merge_always_on(model: nn.Module, mixture: Mixture, name: str) -> None:
             f"merge_always_on: got {shown(name)}, expected one of {list(known) or 'none: no bank is always on'}"
             f"{nearest(str(name), known)}"
         )
-    for m in sites:  # all that can go wrong goes wrong here
-        assert isinstance(m, MixtureLinear)
-        _check_merged(m, _with_merged(m, [banks_of(m)[f"always.{name}"]]))
-    for m in sites:
-        assert isinstance(m, MixtureLinear)
-        weight = cast(Tensor, m.base_layer._parameters["weight"])
-        weight.copy_(_with_merged(m, [banks_of(m)[f"always.{name}"]]))
-        m.drop_always(name)
+    linears = [m for m in sites if isinstance(m, MixtureLinear)]
+    for linear in linears:  # all that can go wrong goes wrong here
+        _check_merged(linear, _with_always(linear, name))
+    for linear in linears:
+        linear.weight_of(linear).copy_(_with_always(linear, name))
+        linear.drop_always(name)
     own = {m.site.path: m.site for m in sites}
     mixture.sites = tuple(own.get(s.path, s) for s in mixture.sites)
     placements = mixture.config.placements
@@ -98,15 +73,13 @@ def merge_always_on(model: nn.Module, mixture: Mixture, name: str) -> None:
         m.placement = left[m.site.placement]
 
 
+def _with_always(m: MixtureLinear, name: str) -> Tensor:
+    return m.with_banks(m.weight_of(m), [banks_of(m)[f"always.{name}"]])
+
+
 def always_on_names(model: nn.Module) -> tuple[str, ...]:
     """The names of the banks that are always on, of all sites."""
     return tuple(dict.fromkeys(b.name for _, m in sites_of(model).values() for b in m.site.banks))
-
-
-def _holders(model: nn.Module) -> dict[FusedParameter, nn.Module]:
-    """The block of each site on a stacked parameter."""
-    blocks = [w for w in wrappers_of(model).values() if isinstance(w, FusedExperts)]
-    return {part: w.base_layer for w in blocks for part in w.parts().values()}
 
 
 def stacks_of(model: nn.Module) -> dict[str, tuple[Tensor, Tensor, float, int]]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("triton", reason="the extra 'triton' is not installed")
 
-from molora.kernels.tiles import TILES
-from tests.kernels.test_interpreted import run
+from tests.kernels.test_interpreted import run, wide_tiles
 
+__all__ = ["wide_tiles"]  # the fixture of both files
 CELLS = {
     "identity": ["behaviour/test_conversion.py::test_zero_init_is_identity"],
     "oracle": ["layers/test_formulas.py", "layers/test_formulas_blocks.py", "forward/test_formulas_two_pass.py"],
@@ -19,15 +18,6 @@ CELLS = {
     "padding": ["behaviour/test_invariances.py::test_padding_on_either_side_is_no_padding"],
     "checkpointing": ["forward/test_checkpointing.py::test_same_loss_and_gradients"],
 }
-
-
-@pytest.fixture(scope="module")
-def wide_tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tiles that hold all rows of the tiny model at once: the interpreter takes time by programs, not by size."""
-    wide = {k: t._replace(rows=64) for k, t in TILES.items() if k[0] in ("contract", "expand") and k[3] == 4}
-    path = tmp_path_factory.mktemp("tiles") / "tiles.json"
-    path.write_text(json.dumps({"tiles": [[list(k), list(t)] for k, t in wide.items()]}))
-    return path
 
 
 @pytest.mark.bits

@@ -59,7 +59,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "global_batch_size": 4,
         "max_steps": 3,
         "optim": "sgd",
-        "learning_rate": 0.1,
+        "learning_rate": 0.02,
         "max_grad_norm": 0.0,
         "logging_steps": 1,
         "save_steps": 3,
