@@ -45,9 +45,8 @@ def unknown_names(config: MoloraConfig) -> list[str]:
         out += [fault for rule in p.penalties for fault in _unknown("penalty", rule.kind, PENALTIES)]
         if initialiser(p.init_lora_weights) is None:
             starts = [name for name, entry in INITIALISERS.items() if not entry.instead]
-            out.append(
-                f"init_lora_weights: got {shown(p.init_lora_weights)}, expected one of {', '.join(map(repr, starts))}"
-            )
+            known = ", ".join(map(repr, starts)) + nearest(p.init_lora_weights, starts)
+            out.append(f"init_lora_weights: got {shown(p.init_lora_weights)}, expected one of {known}")
     return out
 
 

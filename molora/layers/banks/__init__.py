@@ -25,7 +25,7 @@ def bank_class(site: SiteConfig) -> type[Bank]:
     """
     faults = _unknown(site.kind)
     if faults:
-        raise ConfigError(f"{site.path}: {faults[0]}{nearest(site.kind, BANKS)}")
+        raise ConfigError(f"{site.path}: {faults[0]}")
     return BANKS[site.kind]
 
 
@@ -92,7 +92,9 @@ def words_of(site: SiteConfig) -> dict[str, str]:
 
 
 def _unknown(kind: str) -> list[str]:
-    return [] if kind in BANKS else [f"bank: got {kind[:100]!r}, expected one of {', '.join(BANKS)}"]
+    if kind in BANKS:
+        return []
+    return [f"bank: got {kind[:100]!r}, expected one of {', '.join(BANKS)}{nearest(kind[:100], BANKS)}"]
 
 
 def _is_taken(name: str) -> bool:
