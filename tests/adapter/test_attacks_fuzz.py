@@ -35,7 +35,7 @@ from tests.support.folders import (
 )
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-SECONDS = 1.0
+SECONDS = 1.0  # of processor time
 
 
 def examples(number: int) -> Callable[[Any], Any]:
@@ -74,13 +74,13 @@ def written(folder: str, files: dict[str, bytes]) -> Path:
 
 def outcome(act: Callable[[], Any]) -> Any:
     """What ``act`` returns, or None when it refuses; anything else it raises is a failure, and so is slowness."""
-    start = time.perf_counter()
+    start = time.thread_time()
     try:
         return act()
     except AdapterError:
         return None
     finally:
-        assert time.perf_counter() - start < SECONDS
+        assert time.thread_time() - start < SECONDS
 
 
 JSON = st.recursive(
