@@ -36,14 +36,14 @@ class Router(nn.Module):
 
     def reset_parameters(self, generator: torch.Generator) -> None:
         """Draw the parameters from ``generator`` alone; the global random state is not used."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}.reset_parameters")
 
     def resized(self, sources: Sequence[int | None], *options: Any) -> Self:
         """A router of this class, with its own options, whose expert e is ``sources[e]`` of this one; None: new.
 
         ``options``: those of router and gate, and the logit of a new expert.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}.resized")
 
     @classmethod
     def grown(cls, options: RouterOptions) -> RouterOptions:

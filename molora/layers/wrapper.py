@@ -28,7 +28,7 @@ class Wrapper(nn.Module):
     @property
     def place(self) -> str:
         """The path in the base of what it wraps."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}.place")
 
     def sites(self) -> Mapping[str, RoutedModule]:
         """The sites that it is or holds, by their path in the base."""

@@ -15,10 +15,11 @@ __all__ = ["Penalty"]
 class Penalty:
     """An entry of ``PENALTIES``: a scalar of one linear's parameters, which is summed over the linears.
 
-    ``options``: the class of its options.
+    ``options``: the class of its options. ``parameters``: names of the bank's parameters that it looks at, all trained.
     """
 
     options: ClassVar[type[PenaltyOptions]] = PenaltyConfig
+    parameters: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def value(cls, options: Any, bank: ExpertBank, router: nn.Module | None) -> Tensor:
@@ -26,7 +27,7 @@ class Penalty:
 
         ``router``: the linear's own, or None where another module owns it.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{cls.__name__}.value")
 
     @classmethod
     def tiny(cls) -> PenaltyOptions:

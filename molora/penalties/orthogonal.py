@@ -18,6 +18,8 @@ class Orthogonal(Penalty):
     0 where the rows of different experts are orthogonal to each other; rows of one expert may be anything.
     """
 
+    parameters = ("lora_A",)
+
     @classmethod
     def value(cls, options: PenaltyConfig, bank: ExpertBank, router: nn.Module | None) -> Tensor:
         """The sum above for A (R, in_features), in float32."""

@@ -9,7 +9,7 @@ from molora.config.strict import report, shown, well_typed
 from molora.errors import nearest
 from molora.initialisers import INITIALISERS, initialiser, start_of
 from molora.kernels.dispatch import FORMER_NAMES, KERNELS
-from molora.layers.banks import config_faults
+from molora.layers.banks import BANKS, config_faults
 from molora.penalties import PENALTIES
 from molora.routers import BALANCES, GATES, ROUTERS
 
@@ -62,6 +62,8 @@ def _start_faults(p: Placement) -> list[str]:
         out.append(f"init_lora_weights: got {p.init_lora_weights!r}, but {start.instead}")
     if p.imported and start.needs_linear:
         out.append(f"init_lora_weights: got {p.init_lora_weights!r} for experts that are ready-made, expected True")
+    if "lora_A" not in BANKS[p.bank].dims and p.init_lora_weights != Placement.init_lora_weights:
+        out.append(f"{given}: got bank={p.bank!r}, which has a start of its own, expected the default")
     ranks = p.r if isinstance(p.r, tuple) else (p.r,)
     if start.in_halves and (p.rank_one or any(r % 2 for r in ranks)):
         got = "experts of one rank" if p.rank_one else f"r={shown(p.r)}"
@@ -92,6 +94,8 @@ def _gate_faults(p: Placement) -> list[str]:
             f"gate: got options {type(p.gate).__name__} for kind={shown(p.gate.kind)}, expected {gate.options.__name__}"
         )
         return out
+    if p.gate.top_k is not None and gate.choice_of(p.gate) != "fixed":
+        out.append(f"top_k: got {shown(p.gate.top_k)} for a gate of kind {p.gate.kind!r}, which does not choose by it")
     if gate.extras and not router.gives_extras:
         out.append(
             f"gate: kind={shown(p.gate.kind)} takes {gate.extras} more numbers a token, which a router of kind "
@@ -123,8 +127,12 @@ def _balance_faults(p: Placement) -> list[str]:
             out.append(
                 f"balance: got options {type(b).__name__} for kind={shown(b.kind)}, expected {rule.options.__name__}"
             )
+    learned = BANKS[p.bank].dims if p.train_experts else {}
     for own in p.penalties:
         wanted = PENALTIES[own.kind].options
+        still = [name for name in PENALTIES[own.kind].parameters if name not in learned]
+        if still:
+            out.append(f"penalties: {own.kind!r} is on {', '.join(still)}, expected experts that have it and train it")
         if not isinstance(own, wanted):
             out.append(
                 f"penalties: got options {type(own).__name__} for kind={shown(own.kind)}, expected {wanted.__name__}"

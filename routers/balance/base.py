@@ -62,12 +62,12 @@ class Rule:
     @classmethod
     def observe(cls, config: Any, seen: Seen) -> tuple[Tensor, ...] | None:
         """Tensors of B rows, (B, ...) each, from T = B * S tokens; None when there is nothing to observe."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{cls.__name__}.observe")
 
     @classmethod
     def rows(cls, config: Any, num_experts: int, *tensors: Any) -> Tensor:
         """Values (...,) of the observed tensors (..., n), which may be averaged over routers or rows before."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{cls.__name__}.rows")
 
     @classmethod
     def tiny(cls) -> BalanceOptions:

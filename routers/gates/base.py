@@ -54,7 +54,7 @@ class Gate:
 
         ``top_k``: the layer's own K. ``bias_E`` steers the choice. ``rows``: B, for what is counted per sequence.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{cls.__name__}.route")
 
     @classmethod
     def tiny(cls) -> GateOptions:

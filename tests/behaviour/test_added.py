@@ -75,6 +75,15 @@ def test_a_gate_that_asks_for_more_than_its_router_gives_is_refused(tmp_path: Pa
             molora.convert(life.base(), config)
 
 
+def test_a_choice_that_a_gate_does_not_make_is_refused(tmp_path: Path) -> None:
+    with added(tmp_path, "threshold_gate"):
+        from threshold_gate import ThresholdConfig
+
+        config = life.mixture(life.PLAIN.replace(gate=ThresholdConfig(top_k=2)))
+        with pytest.raises(ConfigError, match="top_k: got 2 for a gate of kind 'threshold', which does not choose by"):
+            molora.convert(life.base(), config)
+
+
 def test_a_folder_whose_thing_is_not_there_is_refused(tmp_path: Path) -> None:
     with added(tmp_path, "cosine_router"):
         life.start(life.smallest("router", "cosine")).save_pretrained(tmp_path / "saved")

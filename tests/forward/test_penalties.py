@@ -139,6 +139,9 @@ def test_wrong_penalties_are_refused_before_anything_is_changed() -> None:
     with pytest.raises(ConfigError, match="penalty: got 'ortogonal', expected one of orthogonal.*did you mean"):
         molora.convert(base, config().replace(placements=(wrong,)))
     assert type(base) is type(tiny.base_model("llama"))
+    still = config().placements[0].replace(train_experts=False)
+    with pytest.raises(ConfigError, match="'orthogonal' is on lora_A, expected experts that have it and train it"):
+        molora.convert(base, config().replace(placements=(still,)))
     with pytest.raises(ConfigError, match="coef: got -1"):
         PenaltyConfig(coef=-1)
     with pytest.raises(ConfigError, match="the same rule twice"):

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,28 +31,8 @@ from molora.surgery.state import saved_tensors
 from molora.training.plan.counts import activation_widths, kinds_of
 from tests.layers.test_fused_experts import BOTH
 from tests.support import families, tiny
+from tests.support.added_things import added
 from tests.support.tolerances import close
-
-
-class Diagonal(ExpertBank):
-    """One factor more for each rank: expert e is ``s B_e diag(d_e) A_e``. It knows no file of the package."""
-
-    dims = {**ExpertBank.dims, "diagonal": "R"}
-    words = {**ExpertBank.words, "diagonal": "diagonals"}
-
-    diagonal: Tensor
-
-    def pack(self) -> tuple[Tensor, Tensor]:
-        return self.diagonal.unsqueeze(-1) * self.lora_A, self.lora_B
-
-    def reset_parameters(self, generator: torch.Generator) -> None:
-        self.diagonal.fill_(1.0)
-
-    @torch.no_grad()
-    def set_expert(self, expert: int, A_rI: Tensor, B_Or: Tensor) -> None:
-        super().set_expert(expert, A_rI, B_Or)
-        self.views(expert)["diagonal"].fill_(1.0)
-
 
 KINDS = ("plain", "frozen_ranks", "diagonal")
 UNITS: dict[str, dict[str, Any]] = {
@@ -61,8 +42,10 @@ UNITS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def diagonal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BANKS, "diagonal", Diagonal)
+def diagonal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A third kind, which comes from outside."""
+    with added(tmp_path_factory.mktemp("added"), "diagonal_bank"):
+        yield
 
 
 def config(kind: str, unit: str = "linear", **more: Any) -> MoloraConfig:
@@ -274,7 +257,7 @@ def test_stacked_experts_of_a_base_take_the_kinds_that_allow_it(kind: str, tmp_p
     batch, before = families.inputs("mixtral"), [p.clone() for p in base.parameters()]
     model: Any = tiny.arm(molora.convert(base, made)).eval()
     for bank in banks(model).values():
-        if isinstance(bank, Diagonal):
+        if isinstance(bank, BANKS["diagonal"]):
             bank.diagonal.data.normal_(generator=torch.Generator().manual_seed(0))
     expected = tiny.output(model, batch)
     model.save_pretrained(tmp_path / "saved")
@@ -302,7 +285,7 @@ def test_kinds_that_cannot_take_a_start_back_say_so() -> None:
     with pytest.raises(ConfigError, match=r"bank: got 'diagonal' with a start that is taken back"):
         converted("diagonal", init_lora_weights="pissa")
     with pytest.raises(ConfigError, match="expected one rank for all experts"):
-        BANKS["frozen_ranks"].faults(site("plain", ranks=(1, 2, 3))) and site("frozen_ranks", ranks=(1, 2, 3))
+        site("frozen_ranks", ranks=(1, 2, 3))
 
 
 def test_a_bank_grows_into_one_that_takes_its_start_back() -> None:
@@ -314,3 +297,15 @@ def test_a_bank_grows_into_one_that_takes_its_start_back() -> None:
     assert isinstance(m.bank, ExpertBank)
     assert m.bank.lora_A is A
     assert m.bank.packed()[2].ranks == (4, 4, 4)
+
+
+class Own(Bank):
+    """A bank without A and B of its own name."""
+
+    dims = {"down": "RI", "up": "OR"}
+
+
+def test_a_bank_without_a_and_b_has_its_own_start_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BANKS, "own", Own)
+    with pytest.raises(ConfigError, match="'gaussian'.* got bank='own', which has a start of its own"):
+        molora.convert(tiny.base_model("llama"), config("own", init_lora_weights="gaussian"))

@@ -12,6 +12,8 @@ from molora.penalties import PENALTIES, Penalty
 class Sparse(Penalty):
     """``sum |B|``."""
 
+    parameters = ("lora_B",)
+
     @classmethod
     def value(cls, options: PenaltyConfig, bank: ExpertBank, router: nn.Module | None) -> Tensor:
         """The sum over one linear."""
